@@ -1,0 +1,1 @@
+"""mmopt: a graph optimizer and compiler for multimodal models."""
