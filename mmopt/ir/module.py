@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
+import itertools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -60,8 +62,11 @@ class Module:
 
     def clone(self) -> Module:
         """A copy that can be changed freely. Weight data is shared: tensors are immutable."""
+        model = self.model.clone()
+        model.meta.update(self.model.meta)
+        _separate_types(model)
         return Module(
-            model=self.model.clone(),
+            model=model,
             modalities=dict(self.modalities),
             remarks=list(self.remarks),
             provenance=list(self.provenance),
@@ -77,6 +82,33 @@ class Module:
             tuple(_describe(v) for v in self.graph.inputs),
             tuple(_describe(v) for v in self.graph.outputs),
         )
+
+
+def _separate_types(model: ir.Model) -> None:
+    """Give every value of ``model`` its own type object: ``value.dtype = …`` writes into the type, which clones share."""
+    for graph in (model.graph, *(function.graph for function in model.functions.values())):
+        for value in itertools.chain(graph.inputs, graph.initializers.values()):
+            value.type = _fresh_type(value.type)
+        for node in ir.traversal.RecursiveGraphIterator(graph):
+            for value in node.outputs:
+                value.type = _fresh_type(value.type)
+            for subgraph in _subgraphs(node):
+                for value in itertools.chain(subgraph.inputs, subgraph.initializers.values()):
+                    value.type = _fresh_type(value.type)
+
+
+def _subgraphs(node: ir.Node) -> Iterator[ir.Graph]:
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH and not attribute.is_ref():
+            yield attribute.as_graph()
+        elif attribute.type == ir.AttributeType.GRAPHS and not attribute.is_ref():
+            yield from attribute.as_graphs()
+
+
+def _fresh_type(type_: ir.TypeProtocol | None) -> ir.TypeProtocol | None:
+    if isinstance(type_, ir.TensorType):
+        return ir.TensorType(type_.dtype, denotation=type_.denotation)
+    return copy.deepcopy(type_)
 
 
 def _describe(value: ir.Value) -> tuple[str, str, str]:
