@@ -1,0 +1,225 @@
+"""A process that holds one contender: to see its start and its memory alone, or to measure it apart from the others.
+
+``python -m mmopt.bench.worker`` reads one JSON line, ``{"spec": …, "inputs": FILE.npz, "outputs": FILE.npz}``, loads
+the contender, runs it once and answers with one line. After that every line ``{"entry": NAME, "seconds": S}`` is one
+turn, answered with ``{"times": […]}``. It ends when its input does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from mmopt.bench.machine import peak_memory
+from mmopt.bench.measure import LocalRacer
+from mmopt.bench.peers import Arrays, Spec, open_contender
+from mmopt.bench.towers import tower_racers
+from mmopt.errors import BackendError, MmoptError
+
+
+class Worker:
+    """The parent's side: starts the process, and is a :class:`~mmopt.bench.measure.Racer` once it has answered.
+
+    Attributes:
+        name: The contender's label.
+        start: What the process said of its start: ``load_s``, ``first_answer_s``, ``peak_bytes``, ``baseline_bytes``,
+            ``version``, ``towers``, ``towers_left_out``.
+        outputs: The contender's first answer.
+    """
+
+    def __init__(self, spec: Spec, inputs: Arrays, timeout: float = 600.0) -> None:
+        """Start the process and wait for its first answer.
+
+        Raises:
+            BackendError: The contender failed, or took longer than ``timeout`` seconds; the hint holds the last lines
+                of what its process printed.
+        """
+        self.name, self._timeout = spec.label, timeout
+        self._folder = tempfile.TemporaryDirectory(prefix="mmopt-bench-")
+        self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115 (closed with the worker)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "mmopt.bench.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+        )
+        try:
+            given, made = Path(self._folder.name) / "inputs.npz", Path(self._folder.name) / "outputs.npz"
+            save_arrays(given, inputs)
+            self.start = self._ask({"spec": spec.to_json(), "inputs": str(given), "outputs": str(made)})
+            self.outputs = load_arrays(made)
+        except BaseException:
+            self.close()
+            raise
+
+    def turn(self, seconds: float, entry: str = "main") -> list[float]:
+        """One turn in the process; see :func:`~mmopt.bench.measure.timed_runs`."""
+        return [float(t) for t in self._ask({"entry": entry, "seconds": seconds})["times"]]
+
+    def towers(self) -> dict[str, RemoteTower]:
+        """The contender's other entry points, as racers."""
+        return {entry: RemoteTower(f"{self.name}:{entry}", self, entry) for entry in self.start["towers"]}
+
+    def close(self) -> None:
+        """End the process."""
+        for stream in (self._process.stdin, self._process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        try:
+            self._process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._log.close()
+        self._folder.cleanup()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        sender, receiver = self._process.stdin, self._process.stdout
+        if sender is None or receiver is None:
+            raise BackendError("the measuring process has no pipes", where=self.name)
+        started = time.monotonic()
+        watch = threading.Timer(self._timeout, self._process.kill)
+        watch.start()
+        try:
+            sender.write(json.dumps(request).encode() + b"\n")
+            sender.flush()
+            line = receiver.readline()
+        except BrokenPipeError:
+            line = b""
+        finally:
+            watch.cancel()
+        if not line:
+            raise self._died(time.monotonic() - started >= self._timeout)
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise BackendError(answer["error"], where=self.name)
+        return answer
+
+    def _died(self, late: bool) -> BackendError:
+        code = self._process.wait()
+        self._log.seek(0)
+        tail = self._log.read()[-2000:].decode(errors="replace").strip()
+        what = f"no answer within {self._timeout:g} s" if late else f"its process ended with code {code}"
+        return BackendError(what, where=self.name, hint=tail)
+
+
+class RemoteTower:
+    """One entry point of a contender in another process, as a racer."""
+
+    def __init__(self, name: str, worker: Worker, entry: str) -> None:
+        self.name, self._worker, self._entry = name, worker, entry
+
+    def turn(self, seconds: float) -> list[float]:
+        """See :class:`~mmopt.bench.measure.Racer`."""
+        return self._worker.turn(seconds, self._entry)
+
+
+def save_arrays(path: Path, arrays: Arrays) -> None:
+    """Write arrays of any names, in order, and of any dtype numpy or ml_dtypes knows."""
+    stored = {f"a{i}": _plain(array) for i, array in enumerate(arrays.values())}
+    head = json.dumps([[name, _dtype_name(array)] for name, array in arrays.items()])
+    np.savez(path, head=np.array(head), **stored)  # type: ignore[arg-type]  # names are ours, none is allow_pickle
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Inverse of :func:`save_arrays`."""
+    arrays: dict[str, np.ndarray] = {}
+    with np.load(path, allow_pickle=False) as stored:
+        for i, (name, dtype) in enumerate(json.loads(str(stored["head"]))):
+            array = stored[f"a{i}"]
+            arrays[name] = array.astype(object) if dtype == "object" else array.view(_named_dtype(dtype))
+    return arrays
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    array = np.asarray(array, order="C")  # ascontiguousarray would turn a scalar into a vector
+    if array.dtype.hasobject:
+        return array.astype(str)
+    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
+
+
+def _dtype_name(array: np.ndarray) -> str:
+    return "object" if array.dtype.hasobject else array.dtype.name if array.dtype.kind == "V" else array.dtype.str
+
+
+def _named_dtype(name: str) -> np.dtype[Any]:
+    if name[0] in "<>|=":
+        return np.dtype(name)
+    import ml_dtypes
+
+    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    return dtype
+
+
+def _begin(request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, LocalRacer]]:
+    """Load, give the first answer, and get ready for turns."""
+    contender = open_contender(Spec(**request["spec"]))
+    inputs = load_arrays(Path(request["inputs"]))
+    baseline = peak_memory()
+    start = time.perf_counter()
+    contender.load()
+    loaded = time.perf_counter()
+    outputs = contender.run(inputs)
+    answered = time.perf_counter()
+    contender.run(inputs)
+    facts: dict[str, Any] = {
+        "version": contender.version,
+        "load_s": loaded - start,
+        "first_answer_s": answered - start,
+        "peak_bytes": peak_memory(),
+        "baseline_bytes": baseline,
+    }
+    save_arrays(Path(request["outputs"]), {name: np.asarray(array) for name, array in outputs.items()})
+    towers, skipped = tower_racers(contender, inputs)
+    facts.update(towers=list(towers), towers_left_out=skipped)
+    return facts, {"main": LocalRacer(contender, inputs), **towers}
+
+
+def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
+    racers: dict[str, LocalRacer] = {}
+    for line in requests:
+        request = json.loads(line)
+        try:
+            if "spec" in request:
+                answer, racers = _begin(request)
+            else:
+                answer = {"times": racers[request["entry"]].turn(request["seconds"])}
+        except MmoptError as error:
+            answer = {"error": error.what if not error.where else f"{error.where}: {error.what}"}
+        except Exception as error:  # whatever a runtime raises is told to the parent, which decides
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer).encode() + b"\n")
+        answers.flush()
+
+
+def main() -> None:
+    """Serve one parent. What libraries print goes to stderr, so that answers stay clean."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    _serve(sys.stdin.buffer, answers)
+
+
+if __name__ == "__main__":
+    main()
