@@ -1,0 +1,317 @@
+"""From lazy tensors to one TIR function with parallel, vectorized loops.
+
+Stages of the plan become loop nests. Leading axes that all stages agree on become one parallel loop with the
+temporaries of one row inside; contiguous axes are collapsed; the innermost axis is vectorized; reductions run in
+vector lanes, along the reduced axis when it is contiguous and along the output otherwise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import Stmt
+from tvm_ffi import structural_hash
+
+from mmopt.backends.compute import LoopNest, LoopResult, Map, Reduction, Sink, Source, Tensor, loading_with
+from mmopt.backends.cpu.collapse import collapse, expand
+from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
+from mmopt.backends.cpu.plan import Planner, trace
+from mmopt.backends.cpu.reduce import emit_reduction
+from mmopt.backends.expressions import itemsize, same, simplify, variables
+from mmopt.backends.profile import Profile
+
+PARALLEL_WORK = 32768
+"""Operations below which a kernel stays on one thread: a fork costs about a microsecond."""
+
+CHUNK = 4096
+"""Elements of one parallel piece of a single long axis."""
+
+
+@dataclasses.dataclass
+class Kernel:
+    """A generated kernel.
+
+    Attributes:
+        function: The TIR function; parameters are ``sources``, then ``symbols`` as int64 scalars, then ``outputs``.
+        sources: What to pass, in order.
+        symbols: Symbolic extents to pass, in order.
+        outputs: What it writes, in order.
+    """
+
+    function: tirx.PrimFunc
+    sources: list[Source]
+    symbols: list[Expr]
+    outputs: list[Tensor]
+
+
+class Place:
+    """Where a stored tensor lives. Axes that enclosing loops fix (``drop`` of them) have no extent in memory."""
+
+    def __init__(self, buffer: tirx.Buffer, drop: int = 0) -> None:
+        self.buffer, self.drop = buffer, drop
+
+    def _within(self, indices: tuple[Expr, ...]) -> list[Expr]:
+        inner = list(indices[self.drop :])
+        return inner if inner or not self.buffer.shape else [i64(0)]
+
+    def load(self, indices: tuple[Expr, ...]) -> Expr:
+        return tirx.BufferLoad(self.buffer, self._within(indices))
+
+    def store(self, indices: tuple[Expr, ...], value: Expr) -> Stmt:
+        return tirx.BufferStore(self.buffer, value, self._within(indices))
+
+
+class _Scope:
+    """Values already computed at the current point, bound to variables so that they are computed once."""
+
+    def __init__(self, bind: bool) -> None:
+        self.bind = bind
+        self.binds: list[Stmt] = []
+        self.known: dict[tuple[int, tuple[int, ...]], Expr] = {}
+
+
+class KernelEmitter:
+    """Emits one kernel for the CPU.
+
+    Args:
+        outputs: What the kernel must write.
+        profile: The target's vector width and caches.
+    """
+
+    def __init__(self, outputs: Sequence[Tensor], profile: Profile) -> None:
+        self.outputs = list(outputs)
+        self.profile = profile
+        self.plan = Planner(outputs).plan()
+        self.places: dict[Tensor, Place] = {}
+        self._overrides: dict[Tensor, tuple[tuple[Expr, ...], Expr]] = {}
+        self._scopes: list[_Scope] = []
+
+    # -- reading -----------------------------------------------------------------------------------------------
+
+    def load(self, tensor: Tensor, indices: tuple[Expr, ...]) -> Expr:
+        """The element of ``tensor`` at ``indices``: a value at hand, a load, or the inlined rule."""
+        if tensor in self._overrides:
+            at, value = self._overrides[tensor]
+            if all(map(same, at, indices)):
+                return value
+        if tensor in self.places:
+            return self.places[tensor].load(indices)
+        if not isinstance(tensor, Map):
+            raise TypeError(f"{tensor!r} is read before it is computed")
+        return self._inline(tensor, indices)
+
+    def _inline(self, tensor: Map, indices: tuple[Expr, ...]) -> Expr:
+        scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
+        key = (id(tensor), tuple(structural_hash(i) for i in indices))
+        if key in scope.known:
+            return scope.known[key]
+        value = tensor.body(*indices)
+        if scope.bind and not isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
+            var = tirx.Var(tensor.name, tensor.dtype)
+            scope.binds.append(tirx.Bind(var, value))
+            value = var
+        scope.known[key] = value
+        return value
+
+    @contextlib.contextmanager
+    def guarded(self) -> Iterator[None]:
+        """Reads inside must not be hoisted: they are legal only under the guard."""
+        self._scopes.append(_Scope(bind=False))
+        try:
+            yield
+        finally:
+            self._scopes.pop()
+
+    def point(self, make: Callable[[], Stmt]) -> Stmt:
+        """The statements of one index: shared values first, then what ``make`` gives."""
+        scope = _Scope(bind=True)
+        self._scopes.append(scope)
+        try:
+            statement = make()
+        finally:
+            self._scopes.pop()
+        return seq(*scope.binds, statement)
+
+    # -- the function ------------------------------------------------------------------------------------------
+
+    def build(self, name: str) -> Kernel:
+        """Generate the kernel."""
+        with loading_with(self):
+            for tensor in (*self.plan.sources, *self.outputs):
+                self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, tensor.name))
+            body = self._shared_rows() if self.plan.shared else self._stages(self.plan.stages)
+        symbols = self._symbols()
+        params = [
+            *(self.places[s].buffer for s in self.plan.sources),
+            *symbols,
+            *(self.places[o].buffer for o in self.outputs),
+        ]
+        function = tirx.PrimFunc(params, body).with_attr(
+            {"global_symbol": name, "tirx.noalias": True, "s_tir": True, "tirx.is_scheduled": True}
+        )
+        return Kernel(function, self.plan.sources, symbols, self.outputs)
+
+    def _symbols(self) -> list[Expr]:
+        found: dict[str, Expr] = {}
+        for tensor in self.plan.order:
+            extents = (*tensor.shape, *(tensor.axes if isinstance(tensor, Reduction) else ()))
+            for extent in extents:
+                for var in variables(extent):
+                    found[str(var.name)] = var
+        return [found[name] for name in sorted(found)]
+
+    def _allocate(self, tensor: Tensor, axes: int = 0) -> Stmt:
+        """Temporary memory for ``tensor`` without its first ``axes`` axes, which the enclosing loops fix."""
+        inner = tensor.shape[axes:] or (i64(1),)
+        buffer = tirx.decl_buffer(inner, tensor.dtype, tensor.name)
+        self.places[tensor] = Place(buffer, axes)
+        return tirx.AllocBuffer(buffer)
+
+    def _stages(self, stages: Sequence[Map | Reduction | LoopNest]) -> Stmt:
+        """Stages one after another, each with its own parallel loop; temporaries live for the whole kernel."""
+        statements: list[Stmt] = []
+        for stage in stages:
+            for tensor in stage.results if isinstance(stage, LoopNest) else [stage]:
+                if tensor in self.plan.stored and tensor not in self.places:
+                    statements.append(self._allocate(tensor))
+            statements.append(self._stage(stage, (), parallel=True))
+        return seq(*statements)
+
+    def _shared_rows(self) -> Stmt:
+        """One parallel loop over the axes all stages share; everything else happens inside a row."""
+        depth = self.plan.shared
+        tensors = [s for s in self.plan.stages if not isinstance(s, LoopNest)]
+        rows = tensors[0].shape[:depth]
+
+        def row(flat: Expr) -> Stmt:
+            prefix = split_index(flat, rows)
+            statements: list[Stmt] = []
+            for stage in tensors:
+                if stage not in self.places:
+                    statements.append(self._allocate(stage, depth))
+                statements.append(self._stage(stage, prefix, parallel=False))
+            for stage in tensors:
+                if self.places[stage].drop:
+                    del self.places[stage]
+            return seq(*statements)
+
+        work = sum(self.work(stage) or PARALLEL_WORK for stage in tensors)
+        return loop(product(rows), row, self._kind(product(rows), work), "row")
+
+    def _stage(self, stage: Map | Reduction | LoopNest, prefix: tuple[Expr, ...], *, parallel: bool) -> Stmt:
+        if isinstance(stage, LoopNest):
+            return stage.emit(self, [self._sink(result) for result in stage.results])
+        if isinstance(stage, Map):
+            return self._map(stage, prefix, parallel=parallel)
+        return emit_reduction(self, stage, prefix, parallel=parallel)
+
+    def _sink(self, result: LoopResult) -> Sink:
+        """What happens to one element of a loop result: it is stored, and its epilogues are computed."""
+
+        def consume(indices: Sequence[Expr], value: Expr) -> Stmt:
+            at = tuple(indices)
+            statements: list[Stmt] = []
+            if result in self.plan.stored:
+                statements.append(self.places[result].store(at, value))
+            maps = self.plan.epilogues.get(result, [])
+            if maps:
+                var = tirx.Var(result.name, result.dtype)
+                statements.append(tirx.Bind(var, value))
+                self._overrides[result] = (at, var)
+                statements.append(self.point(lambda: seq(*(self._store(m, at) for m in maps))))
+                del self._overrides[result]
+            return seq(*statements)
+
+        return consume
+
+    def _store(self, stage: Map, indices: tuple[Expr, ...]) -> Stmt:
+        return self.places[stage].store(indices, stage.body(*indices))
+
+    def work(self, stage: Map | Reduction) -> int | None:
+        """Operations of a stage when its size is constant."""
+        inside = trace(stage, self.plan.stored)
+        size = static(product((*stage.shape, *(stage.axes if isinstance(stage, Reduction) else ()))))
+        return None if size is None else size * (inside.cost + 1)
+
+    def _kind(self, count: Expr, work: int | None) -> str:
+        known = static(count)
+        few = known is not None and known < 2
+        return "serial" if few or (work is not None and work < PARALLEL_WORK) else "parallel"
+
+    # -- maps --------------------------------------------------------------------------------------------------
+
+    def _map(self, stage: Map, prefix: tuple[Expr, ...], *, parallel: bool) -> Stmt:
+        depth = len(prefix)
+        dims = stage.shape[depth:]
+        if not dims:
+            return self.point(lambda: self._store(stage, prefix))
+        inside = trace(stage, self.plan.stored)
+        groups = collapse(inside, list(range(depth, len(stage.shape))), stage.shape)
+        extents = [simplify(product([stage.shape[d] for d in group])) for group in groups]
+
+        def store(*at: Expr) -> Stmt:
+            return self.point(lambda: self._store(stage, prefix + expand(at, groups, stage.shape)))
+
+        lanes = self.lanes(stage.dtype, *(r.tensor.dtype for r in inside.reads))
+        work = self.work(stage) if parallel else 0
+        return self.nest(extents, store, lanes, work)
+
+    def rows(self, extents: Sequence[Expr], body: Callable[..., Stmt], work: int | None) -> Stmt:
+        """One parallel loop over all of ``extents``."""
+        count = simplify(product(extents))
+        return loop(count, lambda flat: body(*split_index(flat, extents)), self._kind(count, work), "row")
+
+    def lanes(self, *dtypes: str) -> int:
+        """Vector lanes for the widest of ``dtypes``."""
+        return max(1, self.profile.vector_bytes // max(itemsize(d) for d in dtypes))
+
+    def nest(self, extents: Sequence[Expr], store: Callable[..., Stmt], lanes: int, work: int | None) -> Stmt:
+        """Loops over ``extents`` with the last one vectorized; parallel over the others or over pieces of the last."""
+        *outer, inner = extents
+        rows = simplify(product(outer))
+        kind = self._kind(i64(2), work)
+        known = static(rows)
+        if kind == "serial" or (known is None or known >= 8):
+            return loop(
+                rows, lambda flat: self.vector(inner, lanes, _at(store, split_index(flat, outer))), self._kind(rows, work)
+            )
+        size = static(inner)
+        piece = CHUNK if size is None or size >= 4 * CHUNK else max(lanes, -(-size // (4 * lanes)) * lanes)
+        pieces = simplify(tirx.floordiv(inner + (piece - 1), i64(piece)))
+
+        def chunk(flat: Expr) -> Stmt:
+            *at, number = split_index(flat, (*outer, pieces))
+            start = number * piece
+            return self._chunk(start, inner, piece, lanes, _at(store, tuple(at)))
+
+        return loop(simplify(rows * pieces), chunk, "parallel", "chunk")
+
+    def _chunk(self, start: Expr, extent: Expr, piece: int, lanes: int, store: Callable[[Expr], Stmt]) -> Stmt:
+        full = self.vector(i64(piece), lanes, lambda v: store(start + v))
+        size = static(extent)
+        if size is not None and size % piece == 0:
+            return full
+        rest = self.vector(extent - start, lanes, lambda v: store(start + v))
+        return when(start + piece <= extent, full, rest)
+
+    def vector(self, extent: Expr, lanes: int, store: Callable[[Expr], Stmt]) -> Stmt:
+        """``store`` at every index below ``extent``, ``lanes`` at a time."""
+        size = static(extent)
+        if size is not None and size <= lanes:
+            return loop(size, store, "vectorized", "v")
+        if lanes == 1:
+            return loop(extent, store, name="v")
+        blocks = simplify(tirx.floordiv(extent, i64(lanes)))
+        main = loop(blocks, lambda b: loop(lanes, lambda v: store(b * lanes + v), "vectorized", "v"), name="block")
+        rest = simplify(tirx.floormod(extent, i64(lanes)))
+        kind = "vectorized" if static(rest) is not None else "serial"
+        return seq(main, loop(rest, lambda v: store(blocks * lanes + v), kind, "v"))
+
+
+def _at(store: Callable[..., Stmt], outer: tuple[Expr, ...]) -> Callable[[Expr], Stmt]:
+    """``store`` with its outer indices fixed."""
+    return lambda inner: store(*outer, inner)

@@ -1,0 +1,99 @@
+"""Small constructors for TIR statements; loop bodies are written as Python functions of the loop variable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import ForKind, Stmt
+
+KINDS = {
+    "serial": ForKind.SERIAL,
+    "parallel": ForKind.PARALLEL,
+    "vectorized": ForKind.VECTORIZED,
+    "unrolled": ForKind.UNROLLED,
+}
+
+
+def i64(value: int) -> Expr:
+    """A 64-bit integer constant."""
+    return tirx.const(value, "int64")
+
+
+def loop(extent: int | Expr, body: Callable[[Expr], Stmt], kind: str = "serial", name: str = "i") -> Stmt:
+    """``for name in range(extent): body(name)``; a constant extent of one is no loop, of zero no statement."""
+    count = i64(extent) if isinstance(extent, int) else extent
+    known = static(count)
+    if known == 1:
+        return body(i64(0))
+    if known is not None and known <= 0:
+        return nothing()
+    var = tirx.Var(name, "int64")
+    return tirx.For(var, i64(0), count, KINDS[kind], body(var))
+
+
+def loops(extents: Sequence[Expr], body: Callable[..., Stmt], names: str = "i") -> Stmt:
+    """Nested serial loops, outermost first."""
+
+    def nest(position: int, chosen: tuple[Expr, ...]) -> Stmt:
+        if position == len(extents):
+            return body(*chosen)
+        return loop(extents[position], lambda v: nest(position + 1, (*chosen, v)), name=f"{names}{position}")
+
+    return nest(0, ())
+
+
+def seq(*statements: Stmt | None) -> Stmt:
+    """Statements in order; ``None`` is skipped, nested sequences are flattened."""
+    flat: list[Stmt] = []
+    for statement in statements:
+        if statement is None:
+            continue
+        if isinstance(statement, tirx.SeqStmt):
+            flat.extend(statement.seq)
+        else:
+            flat.append(statement)
+    if not flat:
+        return nothing()
+    return flat[0] if len(flat) == 1 else tirx.SeqStmt(flat)
+
+
+def nothing() -> Stmt:
+    """The empty statement."""
+    return tirx.Evaluate(tirx.const(0, "int32"))
+
+
+def when(condition: Expr, then: Stmt, other: Stmt | None = None) -> Stmt:
+    """``if condition: then else: other``."""
+    return tirx.IfThenElse(condition, then, other)
+
+
+def static(extent: Expr) -> int | None:
+    """The value of a constant expression, else ``None``."""
+    return int(extent.value) if isinstance(extent, tirx.IntImm) else None
+
+
+def product(extents: Sequence[Expr]) -> Expr:
+    """Product of extents, folded when constant."""
+    total: Expr = i64(1)
+    for extent in extents:
+        total = total * extent
+    return total
+
+
+def split_index(flat: Expr, extents: Sequence[Expr]) -> tuple[Expr, ...]:
+    """Row-major coordinates of ``flat`` in a space of ``extents``."""
+    coordinates: list[Expr] = []
+    for position in range(len(extents) - 1, 0, -1):
+        coordinates.append(tirx.floormod(flat, extents[position]))
+        flat = tirx.floordiv(flat, extents[position])
+    return (flat, *reversed(coordinates)) if extents else ()
+
+
+def flat_index(indices: Sequence[Expr], shape: Sequence[Expr]) -> Expr:
+    """Row-major offset of ``indices`` in ``shape``."""
+    offset: Expr = i64(0)
+    for position, extent in zip(indices, shape, strict=True):
+        offset = offset * extent + position
+    return offset
