@@ -57,7 +57,9 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """A part of an entry point that one engine executes. Values are named; a later segment reads what earlier ones made.
+    """A part of an entry point that one engine executes; later segments read the values earlier ones made, by name.
+
+    Sub-byte element types (``int4``, …) cross into native functions as ``int8`` or ``uint8``, one value a byte.
 
     Attributes:
         kind: ``native`` (a function of ``lib.so``) or ``onnxruntime`` (a fallback model).

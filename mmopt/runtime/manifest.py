@@ -1,0 +1,163 @@
+"""``manifest.json``: what is in an artifact, and the hashes that prove it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import mmap
+import pathlib
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mmopt.errors import LoadError
+from mmopt.runtime.artifact import SCHEMA_VERSION, EntryPoint
+from mmopt.runtime.cpu import default_threads
+
+MANIFEST = "manifest.json"
+FORMAT = "mmopt-artifact"
+CHUNK = 8 << 20
+"""Bytes. Longer files also carry one hash per chunk of this size, so that several threads can check them."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """Size in bytes and SHA-256 of one file, and of its chunks when it is longer than :data:`CHUNK`."""
+
+    size: int
+    sha256: str
+    chunks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``.
+
+    Attributes:
+        entries: Entry points by name.
+        target: What the artifact was compiled for.
+        files: Every other file of the artifact, by path relative to it.
+        versions: Versions of mmopt and of what it used.
+        config: The resolved configuration of the run that made it.
+        kernels: One record a kernel.
+        notes: What the compiler had to say.
+    """
+
+    entries: dict[str, EntryPoint]
+    target: dict[str, Any] = dataclasses.field(default_factory=dict)
+    files: dict[str, FileRecord] = dataclasses.field(default_factory=dict)
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document."""
+        return {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "target": self.target,
+            "entries": {name: entry.to_json() for name, entry in self.entries.items()},
+            "files": {name: dataclasses.asdict(record) for name, record in sorted(self.files.items())},
+            "versions": self.versions,
+            "config": self.config,
+            "kernels": self.kernels,
+            "notes": self.notes,
+        }
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """Read a manifest.
+
+    Raises:
+        LoadError: It is not one, is incomplete, names files outside the artifact or has a newer schema.
+    """
+    try:
+        data = json.loads(text)
+    except ValueError as error:
+        raise LoadError(f"{MANIFEST} is not JSON: {error}", where=where) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise LoadError(f"{MANIFEST} is not the manifest of an mmopt artifact", where=where)
+    version = data.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise LoadError(
+            f"the artifact has schema version {version}, this mmopt reads {SCHEMA_VERSION}",
+            where=where,
+            hint="compile the model again, or use the mmopt that wrote it",
+        )
+    try:
+        return _from_json(data)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise LoadError(f"{MANIFEST} is damaged: {type(error).__name__} {error}", where=where) from error
+
+
+def _from_json(data: Mapping[str, Any]) -> Manifest:
+    files = {}
+    for name, record in data["files"].items():
+        path = pathlib.PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or "\\" in name:
+            raise ValueError(f"file name {name!r} leads out of the artifact")
+        files[name] = FileRecord(int(record["size"]), str(record["sha256"]), tuple(record.get("chunks", ())))
+    return Manifest(
+        entries={name: EntryPoint.from_json(entry) for name, entry in data["entries"].items()},
+        target=dict(data["target"]),
+        files=files,
+        versions=dict(data.get("versions", {})),
+        config=dict(data.get("config", {})),
+        kernels=list(data.get("kernels", ())),
+        notes=list(data.get("notes", ())),
+    )
+
+
+def record_file(path: pathlib.Path) -> FileRecord:
+    """Size and hashes of the file at ``path``."""
+    size = path.stat().st_size
+    if size == 0:
+        return FileRecord(0, hashlib.sha256().hexdigest())
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        view = memoryview(data)
+        try:
+            with ThreadPoolExecutor(default_threads()) as pool:
+                whole = pool.submit(_sha256, view[:])
+                starts = range(0, size, CHUNK) if size > CHUNK else ()
+                chunks = pool.map(lambda start: _sha256(view[start : start + CHUNK]), starts)
+                return FileRecord(size, whole.result(), tuple(chunks))
+        finally:
+            view.release()
+
+
+def _sha256(data: memoryview) -> str:
+    digest = hashlib.sha256(data).hexdigest()
+    data.release()
+    return digest
+
+
+def check_bytes(parts: Iterable[tuple[str, FileRecord, memoryview]], where: str) -> None:
+    """Compare contents with their records, chunk by chunk on all cores.
+
+    Args:
+        parts: File name, record and content of each file.
+        where: The artifact, for the error.
+
+    Raises:
+        LoadError: A hash differs; names the file.
+    """
+    jobs: list[tuple[str, memoryview, str]] = []
+    for name, record, view in parts:
+        if record.chunks:
+            slices = [view[start : start + CHUNK] for start in range(0, record.size, CHUNK)]
+            if len(slices) != len(record.chunks):
+                raise LoadError(f"{MANIFEST} is damaged: wrong number of chunks for {name}", where=where)
+            jobs += [(name, part, digest) for part, digest in zip(slices, record.chunks, strict=True)]
+        else:
+            jobs.append((name, view, record.sha256))
+    with ThreadPoolExecutor(default_threads()) as pool:
+        digests = list(pool.map(_sha256, [view for _, view, _ in jobs]))
+    for (name, _, expected), digest in zip(jobs, digests, strict=True):
+        if digest != expected:
+            raise LoadError(
+                f"{name} is damaged: its SHA-256 is not the one in {MANIFEST}",
+                where=where,
+                hint="copy the artifact again or compile it again",
+            )

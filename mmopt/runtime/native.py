@@ -1,0 +1,137 @@
+"""Runs native segments: functions of ``lib.so`` in TVM's virtual machine."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+
+from mmopt.errors import BackendError
+from mmopt.runtime.artifact import Segment
+from mmopt.runtime.cpu import allowed_cpus
+from mmopt.runtime.libraries import load_runtime
+from mmopt.runtime.tensors import Array, Converter
+
+_CPU, _DEVICE_ID, _POOLED = 1, 0, 2
+_SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore of TVM: no thread is bound to one core
+
+T = TypeVar("T")
+
+
+class ThreadPoolSize:
+    """Gives the calling thread's TVM thread pool a size.
+
+    Every thread that runs compiled code has a pool of its own. Its largest size is fixed when it is made, so a pool
+    someone else made smaller cannot grow; then the work is done on a thread of ours.
+    """
+
+    def __init__(self, tvm_ffi: ModuleType, threads: int) -> None:
+        self.threads = threads
+        self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
+        self._count = tvm_ffi.get_global_func("runtime.NumThreads")
+        cpus = [str(cpu) for cpu in allowed_cpus()]
+        repeated = cpus * -(-threads // len(cpus))
+        self._smallest, self._all = repeated[:threads], repeated[: max(threads, len(cpus))]
+        self._here = threading.local()
+        self._others: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    def call(self, work: Callable[[], T]) -> T:
+        """Run ``work`` with a pool of the right size."""
+        if self._prepare():
+            return work()
+        with self._lock:
+            if self._others is None:
+                workers = os.cpu_count() or 1
+                self._others = ThreadPoolExecutor(workers, "mmopt", initializer=self._prepare)
+        return self._others.submit(work).result()
+
+    def _prepare(self) -> bool:
+        if not getattr(self._here, "configured", False):
+            # The length of the list is the pool's largest size; the second call lets the threads use all cores.
+            self._configure(_SHARE_ALL_CORES, self.threads, self._smallest)
+            self._here.configured = True
+        elif self._count() == self.threads:
+            return True
+        self._configure(_SHARE_ALL_CORES, self.threads, self._all)
+        return bool(self._count() == self.threads)
+
+
+class NativeEngine:
+    """One loaded library, the weights its functions share, and as many virtual machines as run at the same time."""
+
+    def __init__(
+        self, library: pathlib.Path, weights: dict[str, Array], threads: int, carried: Sequence[pathlib.Path] = ()
+    ) -> None:
+        tvm_ffi = load_runtime(carried)
+        self._ffi = tvm_ffi
+        self.convert = Converter(tvm_ffi)
+        self._pool_size = ThreadPoolSize(tvm_ffi, threads)
+        self._weights = weights
+        self._params: dict[tuple[str, ...], Any] = {}
+        self._tensors: dict[str, Any] = {}
+        self._idle: list[Any] = []
+        self._lock = threading.Lock()
+        try:
+            self._library = tvm_ffi.load_module(str(library))
+            self._load_vm = self._library["vm_load_executable"]
+        except (RuntimeError, ValueError, AttributeError, OSError) as error:
+            raise BackendError(f"cannot load the compiled library: {error}", where=str(library)) from error
+
+    def run(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
+        """Call the segment's function.
+
+        Args:
+            segment: A native segment.
+            values: Its inputs, numpy arrays or TVM tensors.
+
+        Returns:
+            TVM tensors, in the order of the segment's outputs.
+
+        Raises:
+            BackendError: The function failed.
+        """
+        arguments = [self.convert.to_tvm(v) if isinstance(v, np.ndarray) else v for v in values]
+        if segment.params:
+            arguments.append(self._param_array(segment.params))
+        return self._pool_size.call(lambda: self._invoke(segment, arguments))
+
+    def _invoke(self, segment: Segment, arguments: list[Any]) -> list[Any]:
+        machine = self._acquire()
+        try:
+            results = list(machine[segment.function](*arguments))
+        except Exception as error:  # tvm_ffi raises whatever type the kernel's check names
+            raise BackendError(f"{segment.function} failed: {error}") from error
+        # Only a machine that came through goes back: one that failed may hold half a call frame.
+        with self._lock:
+            self._idle.append(machine)
+        if len(results) != len(segment.outputs):
+            raise BackendError(f"{segment.function} gave {len(results)} values instead of {len(segment.outputs)}")
+        return results
+
+    def _acquire(self) -> Any:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+            machine = self._load_vm()
+        machine["vm_initialization"](_CPU, _DEVICE_ID, _POOLED)
+        return machine
+
+    def _param_array(self, names: tuple[str, ...]) -> Any:
+        with self._lock:
+            if names not in self._params:
+                self._params[names] = self._ffi.Array([self._tensor(name) for name in names])
+            return self._params[names]
+
+    def _tensor(self, name: str) -> Any:
+        if name not in self._tensors:
+            if name not in self._weights:
+                raise BackendError(f"the artifact has no weight {name!r}")
+            self._tensors[name] = self.convert.to_tvm(self._weights[name])
+        return self._tensors[name]

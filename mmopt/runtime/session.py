@@ -1,0 +1,247 @@
+"""Loads an artifact and runs its entry points."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import threading
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from mmopt.errors import BackendError, UserError, did_you_mean
+from mmopt.runtime.artifact import EntryPoint, Segment, TensorSpec
+from mmopt.runtime.cpu import check_target, default_threads
+from mmopt.runtime.fallback import OnnxRuntimeEngine
+from mmopt.runtime.manifest import Manifest
+from mmopt.runtime.native import NativeEngine
+from mmopt.runtime.store import Store, open_store
+from mmopt.runtime.tensors import Array, as_array, dtype_name, numpy_dtype
+from mmopt.runtime.weights import map_weights
+
+LIBRARY = "lib.so"
+WEIGHTS = "weights.safetensors"
+MAIN = "main"
+
+
+class Entry:
+    """One entry point of a loaded artifact.
+
+    Attributes:
+        name: Its name.
+        inputs: What :meth:`run` takes.
+        outputs: What it returns.
+    """
+
+    def __init__(self, entry: EntryPoint, session: Session) -> None:
+        self.name, self.inputs, self.outputs = entry.name, entry.inputs, entry.outputs
+        self._segments, self._session = entry.segments, session
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Compute the outputs. May be called from several threads at once.
+
+        Args:
+            inputs: By name: numpy arrays or CPU tensors with ``__dlpack__``. They are used where they lie when they are
+                contiguous and start at a multiple of 64 bytes, and copied otherwise. A sequence is a list of
+                tensors, an absent optional is None.
+
+        Returns:
+            Outputs by name: fresh arrays, which no later run changes.
+
+        Raises:
+            UserError: A missing or unknown name, or a wrong dtype or shape.
+            BackendError: A segment failed.
+        """
+        values = check_inputs(self.inputs, inputs, where=f"entry point {self.name}")
+        given = {id(value) for value in values.values()}
+        for segment in self._segments:
+            results = self._session.execute(segment, [_lookup(values, name) for name in segment.inputs])
+            values.update(zip(segment.outputs, results, strict=True))
+        return {spec.name: self._result(spec, _lookup(values, spec.name), given) for spec in self.outputs}
+
+    def _result(self, spec: TensorSpec, value: Any, given: set[int]) -> Any:
+        if isinstance(value, np.ndarray):
+            return value.copy() if id(value) in given else value
+        if value is None or isinstance(value, list):
+            return value
+        return self._session.native.convert.to_numpy(value, numpy_dtype(spec.dtype))
+
+
+def _lookup(values: Mapping[str, Any], name: str) -> Any:
+    if name not in values:
+        raise BackendError(f"no segment makes the value {name!r}")
+    return values[name]
+
+
+class Session:
+    """A loaded artifact. Use :func:`load_artifact`.
+
+    Attributes:
+        manifest: What the artifact says about itself.
+        threads: Threads each run uses.
+        entries: Entry points by name.
+    """
+
+    def __init__(self, store: Store, threads: int) -> None:
+        self.manifest: Manifest = store.manifest
+        self.threads = threads
+        self.entries = {name: Entry(entry, self) for name, entry in store.manifest.entries.items()}
+        self._store = store
+        self._lock = threading.RLock()
+        self._fallback = OnnxRuntimeEngine(store.file, threads)
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`run` takes."""
+        return self.entry(MAIN).inputs
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """What :meth:`run` returns."""
+        return self.entry(MAIN).outputs
+
+    def entry(self, name: str) -> Entry:
+        """The entry point ``name``.
+
+        Raises:
+            UserError: There is none.
+        """
+        if name not in self.entries:
+            raise UserError(f"there is no entry point {name!r}", hint=did_you_mean(name, self.entries))
+        return self.entries[name]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Run the entry point ``main``; see :meth:`Entry.run`."""
+        return self.entry(MAIN).run(inputs)
+
+    @functools.cached_property
+    def native(self) -> NativeEngine:
+        """The compiled library, loaded when it is first needed."""
+        weights: dict[str, Array] = {}
+        if WEIGHTS in self.manifest.files:
+            extent = self._store.extent(WEIGHTS)
+            weights = map_weights(extent.path, extent.offset, extent.size)
+        carried = [self._store.file(name) for name in self.manifest.files if name.startswith("runtime/")]
+        return NativeEngine(self._store.file(LIBRARY), weights, self.threads, carried)
+
+    def execute(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
+        """Run one segment on the engine it names."""
+        if segment.kind == "native":
+            with self._lock:  # cached_property alone would load it twice
+                engine = self.native
+            return engine.run(segment, values)
+        if segment.kind == "onnxruntime":
+            return self._fallback.run(segment, [self._to_host(value) for value in values])
+        raise BackendError(f"unknown kind of segment: {segment.kind!r}")
+
+    def _to_host(self, value: Any) -> Any:
+        if value is None or isinstance(value, np.ndarray | list):
+            return value
+        return self.native.convert.to_numpy(value)
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.__dict__.pop("native", None)
+        self._fallback = OnnxRuntimeEngine(self._store.file, self.threads)
+
+
+def load_artifact(path: str | os.PathLike[str], threads: int | None = None, *, verify_hashes: str = "full") -> Session:
+    """Load an artifact: a folder or a zip that ``mmopt optimize`` or :func:`mmopt.compile` wrote.
+
+    Args:
+        path: The artifact.
+        threads: Threads a run may use; None for one per physical core.
+        verify_hashes: ``full`` compares the SHA-256 of every file that will be used with the manifest, ``size`` the
+            sizes only.
+
+    Raises:
+        LoadError: It is not an artifact, or a damaged one.
+        UnsupportedError: It is compiled for another kind of CPU.
+        UserError: ``threads`` or ``verify_hashes`` is out of range.
+    """
+    if threads is not None and threads < 1:
+        raise UserError(f"threads is {threads}", hint="give 1 or more, or leave it out")
+    if verify_hashes not in ("full", "size"):
+        raise UserError(f"verify_hashes is {verify_hashes!r}", hint="give 'full' or 'size'")
+    store = open_store(pathlib.Path(path))
+    segments = [segment for entry in store.manifest.entries.values() for segment in entry.segments]
+    if any(segment.kind == "native" for segment in segments):
+        check_target(store.manifest.target, where=str(path))
+    if verify_hashes == "full":
+        store.verify(_used_files(store, segments))
+    return Session(store, threads or default_threads())
+
+
+def _used_files(store: Store, segments: Sequence[Segment]) -> list[str]:
+    """Every file a run may read; what is there for people and other tools (``optimized.onnx``) is not among them."""
+    files = store.manifest.files
+    used = {name for name in files if name in (LIBRARY, WEIGHTS) or name.startswith("runtime/")}
+    for segment in segments:
+        if segment.model:
+            used.update(store.belonging(segment.model))
+    return sorted(used)
+
+
+def check_inputs(specs: Sequence[TensorSpec], inputs: Mapping[str, Any], *, where: str) -> dict[str, Any]:
+    """The inputs as arrays, after comparing them with what is expected.
+
+    Args:
+        specs: What is expected.
+        inputs: What is given, by name.
+        where: For errors.
+
+    Raises:
+        UserError: A missing or unknown name, a wrong dtype or shape, or two sizes for one symbolic dimension.
+    """
+    expected = {spec.name: spec for spec in specs}
+    for name in inputs:
+        if name not in expected:
+            raise UserError(f"there is no input {name!r}", where=where, hint=did_you_mean(name, expected))
+    for spec in specs:
+        if spec.name not in inputs and spec.kind != "optional":
+            raise UserError(f"the input {spec.name!r} is missing", where=where, hint=f"expected: {spec.name} {spec}")
+    sizes: dict[str, tuple[int, str]] = {}
+    return {name: _check_value(spec, inputs.get(name), sizes, where) for name, spec in expected.items()}
+
+
+def _check_value(spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]], where: str) -> Any:
+    if spec.kind == "sequence" or (spec.kind == "optional" and isinstance(value, list)):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"the input {spec.name!r} is not a list", where=where, hint=f"expected: {spec}")
+        element = TensorSpec(spec.name, spec.dtype, spec.shape)
+        # The tensors of one sequence may differ in their symbolic dimensions.
+        return [_check_array(element, item, {}, where) for item in value]
+    if spec.kind == "optional" and value is None:
+        return None
+    return _check_array(spec, value, sizes, where)
+
+
+def _check_array(spec: TensorSpec, value: Any, sizes: dict[str, tuple[int, str]], where: str) -> Array:
+    array = as_array(value, f"the input {spec.name!r}")
+    hint = f"expected: {spec}"
+    if dtype_name(array) != spec.dtype:
+        raise UserError(f"the input {spec.name!r} has dtype {dtype_name(array)}", where=where, hint=hint)
+    if spec.shape is None:
+        return array
+    if len(spec.shape) != array.ndim:
+        raise UserError(f"the input {spec.name!r} has shape {list(array.shape)}", where=where, hint=hint)
+    for size, dim in zip(array.shape, spec.shape, strict=True):
+        if isinstance(dim, int):
+            if size != dim:
+                raise UserError(f"the input {spec.name!r} has shape {list(array.shape)}", where=where, hint=hint)
+            continue
+        known, source = sizes.setdefault(dim, (size, spec.name))
+        if known != size:
+            raise UserError(
+                f"the input {spec.name!r} has {dim} = {size}, but {source!r} has {dim} = {known}",
+                where=where,
+                hint=hint,
+            )
+    return array
