@@ -66,6 +66,12 @@ class ContractError(MmoptError):
     exit_code = 6
 
 
+class RegressionError(MmoptError):
+    """A benchmark got worse by more than is allowed."""
+
+    exit_code = 7
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint that names the nearest of ``known``, and all of them when there are few."""
     names = sorted(known)
