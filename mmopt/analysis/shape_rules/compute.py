@@ -253,3 +253,35 @@ def _scaled(dim: Size | None, scale: np.float32) -> Size | None:
         return dim * int(scale)
     inverse = float(1 / scale)
     return floor_divide(dim, int(inverse)) if inverse.is_integer() else None
+
+
+@shape_rule("Attention")
+def attention(view: NodeView) -> Sequence[Shape] | None:
+    """``Y``, the present keys and values, and the scores; heads are an axis (rank 4) or part of the last one (rank 3).
+
+    The onnx library takes a symbolic size for 0 here (as of 1.23), so it is not asked.
+    """
+    count = len(view.node.outputs)
+    q, k, v = (_split_heads(view, i) for i in range(3))
+    if q is None or k is None or v is None:
+        return [None] * count
+    past = view.shape(4)
+    length = k[2] if past is None and not view.has(4) else _sum_or_none(k[2], past[2] if past is not None else None)
+    y: Shape = (q[0], q[1], q[2], v[3])
+    if len(view.shape(0) or ()) == 3:
+        y = (q[0], q[2], None if q[1] is None or v[3] is None else q[1] * v[3])
+    return [y, (k[0], k[1], length, k[3]), (v[0], v[1], length, v[3]), (q[0], q[1], q[2], length)][:count]
+
+
+def _split_heads(view: NodeView, index: int) -> Shape:
+    """``[batch, heads, sequence, head size]`` of an attention input."""
+    shape = view.shape(index)
+    if shape is None or len(shape) == 4:
+        return shape
+    heads = view.integer("q_num_heads" if index == 0 else "kv_num_heads", 0)
+    size = shape[2]
+    return (shape[0], heads or None, shape[1], None if size is None or not heads else floor_divide(size, heads))
+
+
+def _sum_or_none(a: Size | None, b: Size | None) -> Size | None:
+    return None if a is None or b is None else a + b

@@ -89,7 +89,12 @@ def infer_by_onnx(view: NodeView, types: Sequence[ir.TypeProtocol | None]) -> li
         inferred = onnx.shape_inference.infer_node_outputs(schema, proto, protos, data, None, opset)
     except (onnx.shape_inference.InferenceError, onnx.checker.ValidationError, RuntimeError, ValueError):
         return None
-    return [_from_proto(inferred.get(name)) for name in proto.output]
+    found = [_from_proto(inferred.get(name)) for name in proto.output]
+    shapes = [shape for i in range(len(names)) if (shape := view.shape(i)) is not None]
+    if all(isinstance(dim, int) for shape in shapes for dim in shape):
+        return found
+    # Some rules of the library read a symbolic size as 0.
+    return [(None if s is None else tuple(None if d == 0 else d for d in s), kind) for s, kind in found]
 
 
 def _type_proto(kind: ir.TypeProtocol | None, shape: Shape) -> onnx.TypeProto:
