@@ -16,6 +16,9 @@ from mmopt.ir.modality import Modality
 FUSED_DOMAIN = "mmopt.fused"
 """Domain of the model-local functions that stand for fusion groups; a function's body is its definition."""
 
+MODULE_PATH_KEY = "mmopt.module_path"
+"""Key in a node's ``metadata_props``: dotted path of the source module it comes from (``encoder.layers.0.attn``)."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Remark:
@@ -85,7 +88,7 @@ class Module:
 
 
 def _separate_types(model: ir.Model) -> None:
-    """Give every value of ``model`` its own type object: ``value.dtype = …`` writes into the type, which clones share."""
+    """Give every value of ``model`` its own type object: ``value.dtype = …`` writes into the one that clones share."""
     for graph in (model.graph, *(function.graph for function in model.functions.values())):
         for value in itertools.chain(graph.inputs, graph.initializers.values()):
             value.type = _fresh_type(value.type)
