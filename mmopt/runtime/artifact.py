@@ -15,6 +15,11 @@ import numpy as np
 SCHEMA_VERSION = 1
 """Version of the manifest's layout; a runtime refuses artifacts with a greater one."""
 
+LIBRARY = "lib.so"
+WEIGHTS = "weights.safetensors"
+MAIN = "main"
+"""Names of the files the runtime looks for, and of the entry point that is the whole model."""
+
 FileSource = bytes | pathlib.Path | Callable[[pathlib.Path], None]
 """Content of one file of an artifact: its bytes, a file to copy, or a function that writes to the path it is given."""
 

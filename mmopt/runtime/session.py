@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mmopt.errors import BackendError, UserError, did_you_mean
-from mmopt.runtime.artifact import EntryPoint, Segment, TensorSpec
+from mmopt.runtime.artifact import LIBRARY, MAIN, WEIGHTS, EntryPoint, Segment, TensorSpec
 from mmopt.runtime.cpu import check_target, default_threads
 from mmopt.runtime.fallback import OnnxRuntimeEngine
 from mmopt.runtime.manifest import Manifest
@@ -21,10 +21,6 @@ from mmopt.runtime.native import NativeEngine
 from mmopt.runtime.store import Store, open_store
 from mmopt.runtime.tensors import Array, as_array, dtype_name, numpy_dtype
 from mmopt.runtime.weights import map_weights
-
-LIBRARY = "lib.so"
-WEIGHTS = "weights.safetensors"
-MAIN = "main"
 
 
 class Entry:
@@ -65,8 +61,10 @@ class Entry:
     def _result(self, spec: TensorSpec, value: Any, given: set[int]) -> Any:
         if isinstance(value, np.ndarray):
             return value.copy() if id(value) in given else value
-        if value is None or isinstance(value, list):
-            return value
+        if isinstance(value, list):
+            return [item.copy() if id(value) in given else item for item in value]
+        if value is None:
+            return None
         return self._session.native.convert.to_numpy(value, numpy_dtype(spec.dtype))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mmopt.errors import BackendError, UserError
+from mmopt.errors import LoadError, UserError
 
 ALIGNMENT = 64
 """Bytes. Compiled kernels use aligned vector loads on everything they are given."""
@@ -41,7 +41,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
     """The numpy dtype for the dtype name of a :class:`~mmopt.runtime.artifact.TensorSpec`.
 
     Raises:
-        BackendError: There is none.
+        LoadError: There is none.
     """
     if name == "string":
         return np.dtype(object)
@@ -50,7 +50,7 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
             name = getattr(importlib.import_module("ml_dtypes"), name)
         dtype: np.dtype[Any] = np.dtype(name)
     except (TypeError, AttributeError) as error:
-        raise BackendError(f"unknown dtype {name!r} in the artifact") from error
+        raise LoadError(f"unknown dtype {name!r} in the artifact") from error
     return dtype
 
 

@@ -15,9 +15,8 @@ from typing import Any
 
 from mmopt.errors import UserError
 from mmopt.runtime import atomic
-from mmopt.runtime.artifact import FileSource, Program
+from mmopt.runtime.artifact import LIBRARY, WEIGHTS, FileSource, Program
 from mmopt.runtime.manifest import MANIFEST, FileRecord, Manifest, record_file
-from mmopt.runtime.session import LIBRARY, WEIGHTS
 from mmopt.runtime.store import is_artifact
 from mmopt.runtime.tensors import ALIGNMENT
 from mmopt.runtime.weights import write_weights
