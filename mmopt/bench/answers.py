@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+from mmopt.pipeline.validation import Tolerance, compare, worst
 
 TOLERANCE = 1e-3
 """Default bound on the greatest error, as a fraction of the range of the reference output."""
@@ -19,7 +20,8 @@ class Agreement:
     Attributes:
         reference: Name of the contender compared with.
         ok: Whether every output agrees within the tolerance.
-        error: Greatest error over all outputs, as a fraction of each output's range.
+        error: Greatest error over all outputs, as a fraction of each output's range; infinite when outputs cannot be
+            compared at all.
         detail: What disagrees, in a sentence; "" when nothing does.
     """
 
@@ -30,11 +32,11 @@ class Agreement:
 
     def to_json(self) -> dict[str, Any]:
         """The form a result file holds; an infinite error is written as null."""
-        return {**dataclasses.asdict(self), "error": self.error if np.isfinite(self.error) else None}
+        return {**dataclasses.asdict(self), "error": self.error if math.isfinite(self.error) else None}
 
 
 def compare_answers(
-    reference: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray], against: str, tolerance: float = TOLERANCE
+    reference: Mapping[str, Any], other: Mapping[str, Any], against: str, tolerance: float = TOLERANCE
 ) -> Agreement:
     """Compare outputs by name, or by position when the two name them differently.
 
@@ -45,37 +47,13 @@ def compare_answers(
         tolerance: Greatest error allowed, as a fraction of the reference output's range.
     """
     if len(reference) != len(other):
-        return Agreement(against, False, float("inf"), f"{len(other)} outputs instead of {len(reference)}")
-    by_name = set(reference) == set(other)
-    worst, detail = 0.0, ""
-    for position, (name, expected) in enumerate(reference.items()):
-        got = other[name] if by_name else list(other.values())[position]
-        error, reason = output_error(np.asarray(expected), np.asarray(got))
-        if not error <= tolerance and not detail:
-            detail = f"output {name!r}: {reason or f'off by {error:.2g} of its range, allowed are {tolerance:.2g}'}"
-        worst = max(worst, error)
-    return Agreement(against, not detail, worst, detail)
-
-
-def output_error(expected: np.ndarray, got: np.ndarray) -> tuple[float, str]:
-    """Greatest absolute error over the range (max − min) of ``expected``, and the reason when there is none to give.
-
-    Where ``expected`` is constant its magnitude stands for the range, or 1 when it is zero. NaN and infinities must
-    stand in the same places. Anything but numbers must be equal.
-    """
-    if expected.shape != got.shape:
-        return float("inf"), f"shape {list(got.shape)} instead of {list(expected.shape)}"
-    if expected.dtype.kind in "OSU" or got.dtype.kind in "OSU":
-        same = bool(np.array_equal(expected, got))
-        return (0.0, "") if same else (float("inf"), "different text")
-    wide = (np.float64, np.complex128)[expected.dtype.kind == "c"]
-    expected, got = expected.astype(wide), got.astype(wide)
-    finite = np.isfinite(expected)
-    special = np.array_equal(expected[~finite], got[~finite], equal_nan=True)
-    if not special or not np.isfinite(got[finite]).all():
-        return float("inf"), "NaN or infinity in other places"
-    if not finite.any():
-        return 0.0, ""
-    kept = expected[finite]
-    span = abs(kept.max() - kept.min()) or abs(kept).max() or 1.0
-    return float(abs(got[finite] - kept).max() / span), ""
+        return Agreement(against, False, math.inf, f"{len(other)} outputs instead of {len(reference)}")
+    if set(reference) != set(other):
+        other = dict(zip(reference, other.values(), strict=True))
+    bound = Tolerance(tolerance, fraction=0.01)
+    found = [compare(expected, other[name], bound, name=name) for name, expected in reference.items()]
+    furthest = worst(found)
+    if furthest is None:
+        return Agreement(against, True, 0.0)
+    detail = "" if furthest.ok else f"output {furthest.name!r}: {furthest.reason}"
+    return Agreement(against, furthest.ok, max(c.relative_error for c in found), detail)

@@ -12,19 +12,13 @@ import dataclasses
 import enum
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 from mmopt.bench import machine, stats
 from mmopt.bench.record import SCHEMA_VERSION, Report, Result
-from mmopt.errors import MmoptError, UserError
+from mmopt.errors import RegressionError, UserError
 
 FAIL_OVER = 0.05
-
-
-class RegressionError(MmoptError):
-    """A benchmark got worse by more than is allowed."""
-
-    exit_code: ClassVar[int] = 7
 
 
 class Outcome(enum.Enum):

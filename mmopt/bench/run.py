@@ -16,12 +16,13 @@ from mmopt.bench.peers import Arrays, Spec, files_of, open_contender
 from mmopt.bench.record import Report, Result, Start
 from mmopt.bench.towers import tower_racers
 from mmopt.bench.worker import Worker
-from mmopt.errors import BackendError
+from mmopt.errors import BackendError, MmoptError
 
 START_SECONDS = 20.0
 """A contender whose starts have taken this long together is not started again."""
 
 Progress = Callable[[str], None]
+"""Told what is about to happen, once for each start and each turn."""
 Entrant = tuple[Racer, Mapping[str, Racer]]
 """A contender that is ready, and its towers by entry point."""
 
@@ -67,6 +68,7 @@ def benchmark(
         progress: Told what goes on.
 
     Raises:
+        UserError: The inputs do not fit an artifact, or it is damaged.
         BackendError: An artifact failed, or nothing could be started.
     """
     left_out = dict(left_out or {})
@@ -121,7 +123,7 @@ def _start_one(
     try:
         with Worker(spec, inputs, options.timeout) as worker:
             return worker.start, worker.outputs
-    except BackendError as error:
+    except MmoptError as error:
         if spec.kind == "mmopt":
             raise
         left_out[spec.label] = f"failed: {error.what}"

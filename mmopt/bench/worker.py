@@ -22,6 +22,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from mmopt import errors
 from mmopt.bench.machine import peak_memory
 from mmopt.bench.measure import LocalRacer
 from mmopt.bench.peers import Arrays, Spec, open_contender
@@ -43,6 +44,7 @@ class Worker:
         """Start the process and wait for its first answer.
 
         Raises:
+            UserError: The inputs, or the artifact, are not what they should be.
             BackendError: The contender failed, or took longer than ``timeout`` seconds; the hint holds the last lines
                 of what its process printed.
         """
@@ -114,8 +116,14 @@ class Worker:
             raise self._died(time.monotonic() - started >= self._timeout)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise BackendError(answer["error"], where=self.name)
+            raise self._error(**answer["error"])
         return answer
+
+    def _error(self, kind: str, what: str, where: str, hint: str) -> MmoptError:
+        """The error the process reports: a user's mistake stays one, all else is a failing backend."""
+        if kind in ("UserError", "LoadError"):
+            return getattr(errors, kind)(what, where=where or self.name, hint=hint)  # type: ignore[no-any-return]
+        return BackendError(f"{where}: {what}" if where else what, where=self.name, hint=hint)
 
     def _died(self, late: bool) -> BackendError:
         code = self._process.wait()
@@ -151,6 +159,17 @@ def load_arrays(path: Path) -> dict[str, np.ndarray]:
             array = stored[f"a{i}"]
             arrays[name] = array.astype(object) if dtype == "object" else array.view(_named_dtype(dtype))
     return arrays
+
+
+def flat_arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Outputs with each tensor of a sequence as an array of its own; absent optionals are left out."""
+    flat: dict[str, np.ndarray] = {}
+    for name, value in outputs.items():
+        if isinstance(value, list | tuple):
+            flat.update({f"{name}[{i}]": np.asarray(item) for i, item in enumerate(value)})
+        elif value is not None:
+            flat[name] = np.asarray(value)
+    return flat
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
@@ -191,7 +210,7 @@ def _begin(request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, LocalR
         "peak_bytes": peak_memory(),
         "baseline_bytes": baseline,
     }
-    save_arrays(Path(request["outputs"]), {name: np.asarray(array) for name, array in outputs.items()})
+    save_arrays(Path(request["outputs"]), flat_arrays(outputs))
     towers, skipped = tower_racers(contender, inputs)
     facts.update(towers=list(towers), towers_left_out=skipped)
     return facts, {"main": LocalRacer(contender, inputs), **towers}
@@ -207,9 +226,11 @@ def _serve(requests: IO[bytes], answers: IO[bytes]) -> None:
             else:
                 answer = {"times": racers[request["entry"]].turn(request["seconds"])}
         except MmoptError as error:
-            answer = {"error": error.what if not error.where else f"{error.where}: {error.what}"}
+            kind = type(error).__name__
+            answer = {"error": {"kind": kind, "what": error.what, "where": error.where, "hint": error.hint}}
         except Exception as error:  # whatever a runtime raises is told to the parent, which decides
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            what = f"{type(error).__name__}: {error}"
+            answer = {"error": {"kind": "BackendError", "what": what, "where": "", "hint": ""}}
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 

@@ -1,0 +1,226 @@
+"""Tables for the terminal and for pull requests, and JUnit XML for CI, from reports and comparisons."""
+
+from __future__ import annotations
+
+import dataclasses
+import xml.etree.ElementTree as ET
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from mmopt.bench import machine
+from mmopt.bench.compare import Comparison, Outcome, Verdict
+from mmopt.bench.record import Report, Result
+from mmopt.bench.stats import Interval
+
+MARKS = {
+    Outcome.IMPROVED: "green",
+    Outcome.SAME: "default",
+    Outcome.REGRESSED: "bold red",
+    Outcome.NOT_COMPARABLE: "dim",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """A table before it takes a form.
+
+    Attributes:
+        title: What it shows.
+        columns: Heads; the first column is text, the others are set to the right.
+        rows: Cells, one for each column.
+        styles: A rich style for each row; empty for none.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    styles: Sequence[str] = ()
+
+    def rich(self) -> Table:
+        """For a terminal."""
+        table = Table(title=self.title, title_justify="left")
+        for i, column in enumerate(self.columns):
+            table.add_column(column, justify="right" if i else "left", overflow="fold")
+        for i, row in enumerate(self.rows):
+            table.add_row(*row, style=self.styles[i] if self.styles else None)
+        return table
+
+    def markdown(self) -> str:
+        """For a pull request."""
+
+        def line(cells: Sequence[str]) -> str:
+            return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+        rule = "| --- |" + " ---: |" * (len(self.columns) - 1)
+        return "\n".join([f"**{self.title}**", "", line(self.columns), rule, *map(line, self.rows), ""])
+
+
+def report_sheets(report: Report) -> list[Sheet]:
+    """The contenders, and the towers of artifacts when there are any."""
+    ratios = report.ratios()
+    first = report.results[0].label
+    columns = (
+        "contender",
+        "p50",
+        "p90",
+        "p99",
+        "runs/s",
+        f"time / {first}",
+        "first answer",
+        "peak memory",
+        "size",
+        "answers",
+    )
+    rows = [_result_row(result, ratios.get(result.label)) for result in report.results]
+    settings = report.settings
+    title = f"{settings['threads']} threads, {settings['rounds']} rounds in turn, inputs {settings['inputs_from']}"
+    styles = ["bold red" if result in report.disagreements else "default" for result in report.results]
+    sheets = [Sheet(title, columns, rows, styles)]
+    towers = [(r, name) for r in report.results for name in r.towers]
+    if towers:
+        rows = [_tower_row(result, name) for result, name in towers]
+        sheets.append(Sheet("entry points alone", ("entry point", "p50", "of whole model"), rows))
+    return sheets
+
+
+def report_lines(report: Report) -> list[str]:
+    """What the run found, in sentences: machine, who is faster, who is wrong, who is missing."""
+    first = report.results[0]
+    by_label = {result.label: result for result in report.results}
+    lines = [machine.describe(report.machine)]
+    for label, ratio in report.ratios().items():
+        peer = by_label[label]
+        lines.append(f"{first.label} is {speed(ratio)} {_who(peer)}")
+    for result in report.results:
+        lines.extend(f"not timed: {result.label} {entry}: {why}" for entry, why in result.towers_left_out.items())
+    lines.extend(f"left out: {name}: {why}" for name, why in report.left_out.items())
+    for result in report.disagreements:
+        if result.agreement is not None:
+            lines.append(
+                f"WRONG: {result.label} disagrees with {result.agreement.reference}: {result.agreement.detail}"
+            )
+    return lines
+
+
+def speed(ratio: Interval) -> str:
+    """``1.20× faster than (1.15 to 1.26)``, from a ratio of times over ours."""
+    if not ratio.certain:
+        return f"as fast as (ratio {ratio.value:.2f}, interval {ratio.low:.2f} to {ratio.high:.2f})"
+    if ratio.value >= 1:
+        return f"{ratio.value:.2f}× faster than (interval {ratio.low:.2f} to {ratio.high:.2f})"
+    return f"{1 / ratio.value:.2f}× slower than (interval {1 / ratio.high:.2f} to {1 / ratio.low:.2f})"
+
+
+def comparison_sheet(comparison: Comparison) -> Sheet:
+    """One row for each metric."""
+    columns = ("pair", "metric", "base", "new", "change", "noise", "verdict", "why")
+    rows = [_verdict_row(verdict) for verdict in comparison.verdicts]
+    title = f"verdicts: a change counts above {comparison.fail_over:.3g} of the base and above the noise"
+    return Sheet(title, columns, rows, [MARKS[verdict.outcome] for verdict in comparison.verdicts])
+
+
+def comparison_line(comparison: Comparison) -> str:
+    """How many of each verdict."""
+    counts = {outcome: sum(v.outcome is outcome for v in comparison.verdicts) for outcome in Outcome}
+    return ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count) or "nothing compared"
+
+
+def junit(suite: str, comparison: Comparison | None, report: Report | None = None) -> str:
+    """JUnit XML: a test case for each verdict, and one for the answers of each contender but the first."""
+    root = ET.Element("testsuite", name=suite)
+    for verdict in comparison.verdicts if comparison else ():
+        _verdict_case(root, verdict)
+    for result in report.results if report else ():
+        _answers_case(root, result)
+    for outcome, tag in (("failures", "failure"), ("skipped", "skipped")):
+        root.set(outcome, str(len(root.findall(f"testcase/{tag}"))))
+    root.set("tests", str(len(root)))
+    root.set("errors", "0")
+    suites = ET.Element("testsuites")
+    suites.append(root)
+    ET.indent(suites)
+    return ET.tostring(suites, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """A figure with its unit, to three or four digits."""
+    if value is None:
+        return "–"
+    if unit == "bytes":
+        for scale, prefix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+            if value >= scale:
+                return f"{value / scale:.1f} {prefix}"
+        return f"{value:.0f} B"
+    if unit == "1/s":
+        return f"{value:.4g}/s"
+    for scale, suffix in ((1.0, "s"), (1e-3, "ms")):
+        if value >= scale:
+            return f"{value / scale:.3g} {suffix}" if value < 100 * scale else f"{value / scale:.0f} {suffix}"
+    return f"{value * 1e6:.3g} µs"
+
+
+def _result_row(result: Result, ratio: Interval | None) -> list[str]:
+    figures = result.summary()
+    return [
+        f"{result.label} {result.version}" if result.kind != "mmopt" else result.label,
+        *(quantity(figures[f"p{q}_ms"] / 1e3, "s") for q in (50, 90, 99)),
+        f"{figures['throughput_per_s']:.4g}",
+        f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "1",
+        quantity(figures.get("first_answer_s"), "s"),
+        quantity(figures.get("peak_bytes"), "bytes"),
+        quantity(result.size_bytes or None, "bytes"),
+        _answers(result),
+    ]
+
+
+def _answers(result: Result) -> str:
+    if result.agreement is None:
+        return "reference"
+    return f"within {result.agreement.error:.1e}" if result.agreement.ok else f"WRONG: {result.agreement.detail}"
+
+
+def _tower_row(result: Result, name: str) -> list[str]:
+    figures = result.summary()
+    alone = figures[f"{name}_p50_ms"]
+    return [f"{result.label}: {name}", quantity(alone / 1e3, "s"), f"{alone / figures['p50_ms']:.0%}"]
+
+
+def _who(peer: Result) -> str:
+    if peer.kind == "mmopt":
+        return peer.label
+    precision = f" {peer.precision}" if peer.kind == "openvino" else ""
+    return f"{peer.label} {peer.version}{precision} on {peer.source}"
+
+
+def _verdict_row(verdict: Verdict) -> list[str]:
+    return [
+        verdict.pair,
+        verdict.metric,
+        quantity(verdict.base, verdict.unit),
+        quantity(verdict.new, verdict.unit),
+        "–" if verdict.change is None else f"{verdict.change:+.1%}",
+        "–" if verdict.band is None else f"±{verdict.band:.1%}",
+        verdict.outcome.value,
+        verdict.reason,
+    ]
+
+
+def _verdict_case(root: ET.Element, verdict: Verdict) -> None:
+    case = ET.SubElement(root, "testcase", classname=verdict.pair, name=verdict.metric)
+    row = _verdict_row(verdict)
+    text = f"{row[2]} → {row[3]} ({row[4]}, noise {row[5]})"
+    if verdict.outcome is Outcome.REGRESSED:
+        ET.SubElement(case, "failure", message=f"regressed: {text}")
+    elif verdict.outcome is Outcome.NOT_COMPARABLE:
+        ET.SubElement(case, "skipped", message=verdict.reason)
+    else:
+        ET.SubElement(case, "system-out").text = f"{verdict.outcome.value}: {text}"
+
+
+def _answers_case(root: ET.Element, result: Result) -> None:
+    if result.agreement is None:
+        return
+    case = ET.SubElement(root, "testcase", classname=result.label, name=f"answers like {result.agreement.reference}")
+    if not result.agreement.ok:
+        ET.SubElement(case, "failure", message=result.agreement.detail)
