@@ -138,7 +138,7 @@ class KernelEmitter:
 
     # -- the function ------------------------------------------------------------------------------------------
 
-    def build(self, name: str) -> Kernel:
+    def build(self) -> Kernel:
         """Generate the kernel."""
         with loading_with(self):
             for tensor in (*self.plan.sources, *self.outputs):
@@ -151,7 +151,7 @@ class KernelEmitter:
             *(self.places[o].buffer for o in self.outputs),
         ]
         function = tirx.PrimFunc(params, body).with_attr(
-            {"global_symbol": name, "tirx.noalias": True, "s_tir": True, "tirx.is_scheduled": True}
+            {"tirx.noalias": True, "s_tir": True, "tirx.is_scheduled": True}
         )
         return Kernel(function, self.plan.sources, symbols, self.outputs)
 

@@ -1,0 +1,92 @@
+"""A module and its entry points, compiled for one target."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import onnx_ir as ir
+
+from mmopt.backends.cpu.pipeline import build_library
+from mmopt.backends.profile import Profile
+from mmopt.ir.module import Module
+from mmopt.lowering.partition import Part, partition
+from mmopt.lowering.program import ProgramBuilder
+from mmopt.runtime.artifact import EntryPoint, Program, Segment, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """Switches of one compilation.
+
+    Attributes:
+        allow_fallback: Nodes without a kernel may be run by onnxruntime; otherwise they are an error.
+    """
+
+    allow_fallback: bool = True
+
+
+def compile_module(
+    module: Module,
+    profile: Profile,
+    *,
+    entries: Mapping[str, Module] | None = None,
+    options: CompileOptions | None = None,
+) -> Program:
+    """Compile ``module`` as entry point ``main``, and every one of ``entries`` under its name.
+
+    Args:
+        module: The whole model.
+        profile: What to compile for.
+        entries: Further entry points (towers, fusion) that share weights with ``module``.
+        options: Switches.
+
+    Returns:
+        The compiled program, ready to be written as an artifact.
+
+    Raises:
+        UnsupportedError: A node runs neither natively nor in onnxruntime.
+        BackendError: Code generation failed.
+    """
+    builder = ProgramBuilder(profile)
+    done: dict[str, EntryPoint] = {}
+    fallback: dict[str, object] = {}
+    notes: list[str] = []
+    for name, entry in {"main": module, **(entries or {})}.items():
+        parts = partition(entry, name, builder, options or CompileOptions())
+        notes.extend(note for part in parts for note in part.notes)
+        segments = tuple(_segment(part, builder, fallback) for part in parts)
+        inputs = tuple(tensor_spec(v) for v in entry.graph.inputs if v.name not in entry.graph.initializers)
+        done[name] = EntryPoint(name, inputs, tuple(tensor_spec(v) for v in entry.graph.outputs), segments)
+    native = any(s.kind == "native" for e in done.values() for s in e.segments)
+    library = build_library(builder.module(), profile) if native else None
+    return Program(
+        library=library,
+        weights=builder.weights,
+        entries=done,
+        fallback_models=dict(fallback),  # type: ignore[arg-type]
+        target=profile.to_dict(),
+        kernels=list(builder.kernels.values()),
+        notes=list(dict.fromkeys(notes)),
+    )
+
+
+def _segment(part: Part, builder: ProgramBuilder, fallback: dict[str, object]) -> Segment:
+    if part.model is not None:
+        path = f"fallback/{part.name}.onnx"
+        fallback[path] = part.model
+        return Segment("onnxruntime", part.inputs, part.outputs, model=path)
+    params = tuple(builder.weight_key(s) for s in part.params)
+    return Segment("native", part.inputs, part.outputs, function=part.name, params=params)
+
+
+def tensor_spec(value: ir.Value) -> TensorSpec:
+    """How an input or output of a graph is described in the manifest."""
+    kinds = {ir.SequenceType: "sequence", ir.OptionalType: "optional"}
+    kind = next((k for t, k in kinds.items() if isinstance(value.type, t)), "tensor")
+    dtype = value.dtype.name.lower() if value.dtype is not None else "unknown"
+    dtype = {"float": "float32", "double": "float64"}.get(dtype, dtype)
+    if value.shape is None:
+        return TensorSpec(str(value.name), dtype, None, kind)
+    dims = tuple(d if isinstance(d, int) else str(d.value or f"{value.name}_{n}") for n, d in enumerate(value.shape))
+    return TensorSpec(str(value.name), dtype, dims, kind)

@@ -1,0 +1,411 @@
+"""Lowers one ONNX graph into one Relax function that calls kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import onnx_ir as ir
+from tvm import relax, tirx
+from tvm.ir import Expr, GlobalVar
+
+from mmopt.backends.compute import Map, Source, Tensor, index
+from mmopt.backends.cpu.loops import flat_index, product, split_index
+from mmopt.backends.expressions import same, simplify, variables
+from mmopt.ir.module import FUSED_DOMAIN
+from mmopt.lowering.expand import standard_body
+from mmopt.lowering.program import ProgramBuilder
+from mmopt.lowering.registry import OpNode, lowering_of
+from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, from_elements
+
+
+@dataclasses.dataclass
+class Params:
+    """Weights one entry function takes, in the order of its last argument."""
+
+    sources: list[ConstantSource] = dataclasses.field(default_factory=list)
+
+    def position(self, source: ConstantSource) -> int:
+        if source not in self.sources:
+            self.sources.append(source)
+        return self.sources.index(source)
+
+
+class FunctionLowering:
+    """Builds one Relax function.
+
+    Operators are lowered to lazy tensors; a value is *realized* when a kernel has been emitted that stores it. After
+    every node its results are realized, except inside a fusion group, which is realized as a whole.
+
+    Args:
+        program: State shared with other functions.
+        name: Name of the function.
+        opsets: Operator set versions by domain.
+        functions: The model's local functions.
+        parent: The function whose values a body of If, Loop or Scan may use.
+    """
+
+    def __init__(
+        self,
+        program: ProgramBuilder,
+        name: str,
+        opsets: dict[str, int],
+        functions: dict[ir.OperatorIdentifier, ir.Function],
+        parent: FunctionLowering | None = None,
+    ) -> None:
+        self.program = program
+        self.name = name
+        self.opsets = opsets
+        self.functions = functions
+        self.parent = parent
+        self.params = parent.params if parent else Params()
+        self.symbols: dict[str, Expr] = {}
+        self.builder = relax.BlockBuilder()
+        self.captured: list[Value] = []
+        self._values: dict[ir.Value, Value] = {}
+        self._vars: dict[Tensor, relax.Var] = {}
+        self._realized: dict[Tensor, Source] = {}
+        self._borrowed: set[Tensor] = set()
+        self._params_var = relax.Var("params", relax.ObjectType())
+        self._arguments: list[relax.Var] = []
+        self._lazy = 0
+        self._scopes: list[relax.BlockBuilder] = []
+
+    # -- the function ------------------------------------------------------------------------------------------
+
+    def symbol(self, name: str) -> Expr:
+        """The size variable called ``name``."""
+        if name not in self.symbols:
+            if self.parent is not None and name in self.parent.symbols:
+                self.symbols[name] = self.parent.symbols[name]
+            else:
+                self.symbols[name] = tirx.Var(name, "int64")
+        return self.symbols[name]
+
+    def fresh_symbol(self, hint: str) -> Expr:
+        """A size variable nobody uses yet, for an extent known only at run time."""
+        return self.symbol(self.program.unique(f"{hint}_size"))
+
+    def argument(self, value: ir.Value) -> Value:
+        """Declare a parameter of the function for a graph input.
+
+        Raises:
+            NotLowered: Its type or rank is not known.
+        """
+        if not isinstance(value.type, ir.TensorType):
+            raise NotLowered(f"{value.name} is a {type(value.type).__name__}")
+        if value.shape is None:
+            raise NotLowered(f"the rank of {value.name} is not known")
+        shape = [self._extent(d, f"{value.name}_{n}") for n, d in enumerate(value.shape)]
+        made = self.bind_argument(Source(shape, dtype_name(value.dtype), _identifier(value.name)))
+        self._values[value] = made
+        return made
+
+    def bind_argument(self, source: Source) -> Value:
+        """Declare a parameter for ``source``."""
+        var = relax.Var(source.name, relax.TensorType(source.shape, source.dtype))
+        self._arguments.append(var)
+        self._vars[source] = var
+        self._borrowed.add(source)
+        return Value(source, name=source.name)
+
+    def _extent(self, dim: int | ir.SymbolicDim, hint: str) -> Expr:
+        if isinstance(dim, int):
+            return index(dim)
+        return self.symbol(_identifier(str(dim.value)) if dim.value else self.program.unique(_identifier(hint)))
+
+    def run(self, nodes: Iterable[ir.Node]) -> None:
+        """Lower ``nodes``, which are in topological order."""
+        for node in nodes:
+            self.lower_node(node)
+
+    def body(self) -> _Body:
+        """Context in which nodes are lowered; ends with :meth:`_Body.finish`."""
+        return _Body(self)
+
+    def lower_node(self, node: ir.Node) -> None:
+        """Lower one node.
+
+        Raises:
+            NotLowered: Something about the node has no lowering.
+        """
+        inputs = [None if v is None else self.value(v) for v in node.inputs]
+        if node.domain == FUSED_DOMAIN:
+            outputs = self._fusion_group(node, inputs)
+        else:
+            outputs = self._operator(node, inputs)
+        if len(outputs) < len([o for o in node.outputs if o.uses() or o.is_graph_output()]):
+            raise NotLowered("not all outputs are lowered")
+        for made, value in zip(node.outputs, outputs, strict=False):
+            self._values[made] = value
+        if not self._lazy:
+            self.realize([v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()], node.op_type)
+
+    def _operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+        lowering = lowering_of(node.domain, node.op_type)
+        local = self.functions.get(node.op_identifier())
+        if local is not None:
+            return self.inline(local.graph, local.inputs, inputs, node)
+        opset = self.opsets.get(node.domain, self.opsets.get("", 1))
+        if lowering is None:
+            body = standard_body(node, opset)
+            if body is None:
+                raise NotLowered(f"no lowering for {node.domain + '.' if node.domain else ''}{node.op_type}")
+            return self.inline(body, body.inputs, inputs, node)
+        result = lowering(OpNode(self, node, inputs, opset))
+        return [result] if isinstance(result, Value) else list(result)
+
+    def inline(
+        self, body: ir.Graph | ir.Function, formals: Sequence[ir.Value], inputs: Sequence[Value | None], node: ir.Node
+    ) -> list[Value]:
+        """Lower a function body in place of a call."""
+        for formal, actual in zip(formals, inputs, strict=False):
+            if actual is not None:
+                self._values[formal] = actual
+        for inner in body:
+            self.lower_node(inner)
+        return [self.value(o) for o in body.outputs]
+
+    def _fusion_group(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+        function = self.functions.get(node.op_identifier())
+        if function is None:
+            raise NotLowered(f"function {node.op_type} is not defined")
+        self._lazy += 1
+        try:
+            return self.inline(function, function.inputs, inputs, node)
+        finally:
+            self._lazy -= 1
+
+    # -- values ------------------------------------------------------------------------------------------------
+
+    def value(self, value: ir.Value) -> Value:
+        """The lowered form of ``value``: made here, an initializer, or captured from an outer graph."""
+        if value in self._values:
+            return self._values[value]
+        if value.const_value is not None and value.producer() is None:
+            made = self.program.constant(value.const_value, str(value.name))
+        elif self.parent is not None:
+            made = self._capture(self.parent.value(value))
+        else:
+            raise NotLowered(f"{value.name} is not available")
+        self._values[value] = made
+        return made
+
+    def set_value(self, value: ir.Value, lowered: Value) -> None:
+        """Declare what ``value`` is."""
+        self._values[value] = lowered
+
+    def _capture(self, outer: Value) -> Value:
+        assert self.parent is not None
+        if outer.constant is not None:
+            return outer
+        if outer.elements is not None:
+            for element in outer.elements.flat:
+                for var in variables(element):
+                    self.symbols[str(var.name)] = var
+            return outer
+        self.parent.realize([outer], "capture")
+        self.captured.append(outer)
+        inner = self.bind_argument(Source(outer.shape, outer.dtype, outer.name))
+        return inner
+
+    def constant(self, data: np.ndarray, name: str = "constant") -> Value:
+        """A compile-time constant made by a lowering."""
+        return Value(constant=np.asarray(data), name=name)
+
+    def reshape(self, value: Value, shape: Sequence[int | Expr]) -> Value:
+        """``value`` with other extents and the same elements in order; never copies what is in memory."""
+        extents = [simplify(index(d)) for d in shape]
+        if value.constant is not None and all(isinstance(e, tirx.IntImm) for e in extents):
+            return Value(constant=value.constant.reshape([int(e.value) for e in extents]), name=value.name)
+        if value.elements is not None and all(isinstance(e, tirx.IntImm) for e in extents):
+            return Value(elements=value.elements.reshape([int(e.value) for e in extents]), dtype=value.dtype)
+        self._refresh(value)
+        tensor = value.tensor
+        if len(extents) == tensor.ndim and all(map(same, extents, tensor.shape)):
+            return value
+        if not isinstance(tensor, Source):
+            return Value(_reindexed(tensor, extents), name=value.name)
+        view = Source(extents, tensor.dtype, tensor.name)
+        out = relax.TensorType(view.shape, view.dtype)
+        call = relax.call_pure_packed("vm.builtin.reshape", self.var(tensor), relax.ShapeExpr(view.shape), ty_args=[out])
+        self._vars[view] = self.builder.emit(call)
+        if tensor in self._borrowed or isinstance(tensor, ConstantSource):
+            self._borrowed.add(view)
+        return Value(view, name=value.name)
+
+    def realize(self, values: Sequence[Value], hint: str = "kernel") -> None:
+        """Emit one kernel that stores all of ``values`` that are still computations."""
+        for value in values:
+            self._refresh(value)
+        tensors = list(dict.fromkeys(v.tensor for v in values if v.pending))
+        if not tensors:
+            return
+        handle, kernel = self.program.kernel(tensors, hint)
+        arguments = [self.var(s) for s in kernel.sources] + list(kernel.symbols)
+        types = [relax.TensorType(t.shape, t.dtype) for t in tensors]
+        result = self.builder.emit(relax.call_tir(handle, arguments, types))
+        for position, tensor in enumerate(tensors):
+            source = Source(tensor.shape, tensor.dtype, tensor.name)
+            single = result if len(tensors) == 1 else self.builder.emit(relax.TupleGetItem(result, position))
+            self._vars[source] = single
+            self._realized[tensor] = source
+        for value in values:
+            self._refresh(value)
+
+    def _refresh(self, value: Value) -> None:
+        if value.pending and value.tensor in self._realized:
+            value.tensor = self._realized[value.tensor]
+
+    def tensor(self, value: Value) -> Tensor:
+        """The tensor of ``value``, from memory when it has been realized."""
+        self._refresh(value)
+        return value.tensor
+
+    def var(self, source: Tensor) -> relax.Var:
+        """The Relax variable that holds ``source``."""
+        if source not in self._vars:
+            if not isinstance(source, ConstantSource):
+                raise NotLowered(f"{source!r} is not available in {self.name}")
+            out = relax.TensorType(source.shape, source.dtype)
+            position = relax.prim_value(self.params.position(source))
+            call = relax.call_pure_packed("vm.builtin.tuple_getitem", self._params_var, position, ty_args=[out])
+            self._vars[source] = self.builder.emit(call)
+        return self._vars[source]
+
+    def emit(self, call: Expr, shape: Sequence[Expr], dtype: str, name: str) -> Value:
+        """Emit any Relax expression that gives a tensor."""
+        source = Source(shape, dtype, name)
+        self._vars[source] = self.builder.emit(call)
+        return Value(source, name=name)
+
+    def match(self, call: Expr, shape: Sequence[Expr], dtype: str, name: str) -> Value:
+        """Emit a Relax expression whose extents become known at run time and are bound to the variables of ``shape``."""
+        source = Source(shape, dtype, name)
+        raw = self.builder.emit(call)
+        self._vars[source] = self.builder.match_cast(raw, relax.TensorType(source.shape, dtype))
+        return Value(source, name=name)
+
+    def runtime_extents(self, value: Value, hint: str) -> list[Expr]:
+        """Elements of a 1-D integer tensor as extents, read at run time where they are not followed at compile time.
+
+        Raises:
+            NotLowered: The number of elements is not known.
+        """
+        if value.elements is not None:
+            return list(value.elements.reshape(-1))
+        if value.ndim != 1 or not isinstance(value.shape[0], tirx.IntImm):
+            raise NotLowered(f"{hint} has an unknown number of elements")
+        if value.dtype != "int64":
+            tensor = self.tensor(value)
+            value = Value(Map(value.shape, "int64", lambda i: tensor[i].astype("int64"), "extents"))
+        self.realize([value], "extents")
+        count = int(value.shape[0].value)
+        extents = [self.fresh_symbol(hint) for _ in range(count)]
+        shape = self.builder.emit(relax.op.tensor_to_shape(self.var(value.tensor)))
+        self.builder.match_cast(shape, relax.ShapeType(extents))
+        return extents
+
+    # -- results -----------------------------------------------------------------------------------------------
+
+    def results(self, values: Sequence[Value]) -> list[relax.Var]:
+        """Variables to return: every result has memory of its own."""
+        given: set[Tensor] = set()
+        variables_: list[relax.Var] = []
+        for value in values:
+            self.realize([value], "output")
+            tensor = value.tensor
+            if value.constant is not None or not isinstance(tensor, Source) or tensor in self._borrowed or tensor in given:
+                value = Value(Map(tensor.shape, tensor.dtype, lambda *at, t=tensor: t[at] if at else t[()], "copy"))
+                self.realize([value], "copy")
+                tensor = value.tensor
+            given.add(tensor)
+            variables_.append(self.var(tensor))
+        return variables_
+
+    def subfunction(self, graph: ir.Graph, inputs: Sequence[Source], hint: str) -> Subfunction:
+        """Lower the body of a control-flow node into a function of its own.
+
+        Args:
+            graph: The body.
+            inputs: What its formal inputs look like inside.
+            hint: For the name.
+        """
+        inner = FunctionLowering(self.program, self.program.unique(f"{self.name}_{hint}"), self.opsets, self.functions, self)
+        inner.symbols = dict(self.symbols)
+        with inner.body() as body:
+            for formal, source in zip(graph.inputs, inputs, strict=True):
+                inner.set_value(formal, inner.bind_argument(source))
+            inner.run(graph)
+            outputs = [inner.value(o) for o in graph.outputs]
+            body.finish(outputs, symbols=list(self.symbols.values()))
+        handle = self.program.add_function(body.function, inner.name)
+        return Subfunction(handle, inner.captured, outputs)
+
+    def arguments_of(self, sub: Subfunction, given: Sequence[Expr]) -> list[Expr]:
+        """Full argument list of a call to ``sub``: the given values, captures, sizes, weights."""
+        sizes = [relax.ShapeExpr(list(self.symbols.values()))] if self.symbols else []
+        return [*given, *(self.var(self.tensor(c)) for c in sub.captured), *sizes, self._params_var]
+
+
+@dataclasses.dataclass
+class Subfunction:
+    """A lowered body: call ``handle`` with :meth:`FunctionLowering.arguments_of`; results have ``outputs``' types."""
+
+    handle: GlobalVar
+    captured: list[Value]
+    outputs: list[Value]
+
+
+class _Body:
+    """Keeps the builder's scopes open while nodes are lowered, and closes them into a function."""
+
+    def __init__(self, lowering: FunctionLowering) -> None:
+        self.lowering = lowering
+        self.function: relax.Function | None = None
+
+    def __enter__(self) -> _Body:
+        self._function = self.lowering.builder.function(self.lowering.name)
+        self._function.__enter__()
+        self._dataflow = self.lowering.builder.dataflow()
+        self._dataflow.__enter__()
+        return self
+
+    def finish(self, outputs: Sequence[Value], symbols: Sequence[Expr] = ()) -> None:
+        """Return ``outputs``. Extra parameters: the sizes in ``symbols`` (if any), then the weights."""
+        lowering, builder = self.lowering, self.lowering.builder
+        result = builder.emit_output(relax.Tuple(lowering.results(outputs)))
+        self._dataflow.__exit__(None, None, None)
+        sizes = [relax.Var("sizes", relax.ShapeType(list(symbols)))] if symbols else []
+        builder.emit_func_output(result, params=[*lowering._arguments, *sizes, lowering._params_var])
+        self._function.__exit__(None, None, None)
+        self.function = builder.get()[lowering.name]
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if kind is not None:
+            self._dataflow.__exit__(kind, error, trace)
+            self._function.__exit__(kind, error, trace)
+
+
+def _reindexed(tensor: Tensor, extents: Sequence[Expr]) -> Map:
+    """A lazy reshape."""
+
+    def body(*at: Expr) -> Expr:
+        return tensor[split_index(simplify(flat_index(at, extents)), tensor.shape)]
+
+    return Map(extents, tensor.dtype, body, "reshape")
+
+
+def _identifier(name: str | None) -> str:
+    return "".join(c if c.isalnum() else "_" for c in name or "value") or "value"
+
+
+def element_count(shape: Sequence[Expr]) -> Expr:
+    """Number of elements as an expression."""
+    return simplify(product(shape))
+
+
+def sizes(shape: Sequence[Expr]) -> Value:
+    """A shape as a value."""
+    return from_elements(list(shape))

@@ -1,0 +1,121 @@
+"""State shared by all functions of one compiled program: kernels, weights, functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import tvm
+from tvm import relax
+from tvm.ir import GlobalVar
+
+from mmopt.backends.compute import LoopResult, Reduction, Tensor
+from mmopt.backends.cpu.emit import Kernel, KernelEmitter
+from mmopt.backends.profile import Profile
+from mmopt.lowering.values import ConstantSource, NotLowered, Value
+
+
+class ProgramBuilder:
+    """Collects what the functions of a program share.
+
+    Attributes:
+        profile: What is compiled for.
+        kernels: One record for each distinct kernel, for reports.
+        weights: Weight arrays by key, as the kernels want them.
+    """
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.kernels: dict[str, dict[str, Any]] = {}
+        self.weights: dict[str, np.ndarray] = {}
+        self._registry = relax.BlockBuilder()
+        self._functions: dict[str, relax.Function] = {}
+        self._constants: dict[int, tuple[ir.TensorProtocol, Value]] = {}
+        self._packed: dict[tuple[int, Hashable], ConstantSource] = {}
+        self._keys: dict[ConstantSource, str] = {}
+        self._names: set[str] = set()
+
+    def unique(self, hint: str) -> str:
+        """A function name nobody has yet."""
+        clean = "".join(c if c.isalnum() else "_" for c in hint)[:60] or "f"
+        name, number = clean, 0
+        while name in self._names:
+            number += 1
+            name = f"{clean}_{number}"
+        self._names.add(name)
+        return name
+
+    # -- kernels -----------------------------------------------------------------------------------------------
+
+    def kernel(self, outputs: Sequence[Tensor], hint: str) -> tuple[GlobalVar, Kernel]:
+        """The kernel that computes ``outputs``; equal kernels are shared."""
+        kernel = KernelEmitter(outputs, self.profile).build()
+        handle = self._registry.add_func(kernel.function, "".join(c if c.isalnum() else "_" for c in hint)[:60])
+        name = str(handle.name_hint)
+        self._names.add(name)
+        record = self.kernels.setdefault(name, {"name": name, "template": _template(outputs), "calls": 0})
+        record["calls"] += 1
+        return handle, kernel
+
+    def add_function(self, function: relax.Function, name: str) -> GlobalVar:
+        """Add a helper function that other functions call."""
+        return self._registry.add_func(function, name)
+
+    def add_entry(self, function: relax.Function, name: str) -> None:
+        """Add a function the runtime calls."""
+        self._functions[name] = function
+
+    def module(self) -> tvm.IRModule:
+        """Everything collected so far as one module."""
+        functions = dict(self._registry.get().functions)
+        for name, function in self._functions.items():
+            functions[GlobalVar(name)] = function
+        return tvm.IRModule(functions)
+
+    # -- weights -----------------------------------------------------------------------------------------------
+
+    def constant(self, tensor: ir.TensorProtocol, name: str) -> Value:
+        """The value of an initializer; one tensor gives one value however many functions use it."""
+        if id(tensor) not in self._constants:
+            data = np.asarray(tensor.numpy())
+            if tensor.dtype in (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
+                raise NotLowered(f"a constant of type {tensor.dtype.name}")
+            self._constants[id(tensor)] = (tensor, Value(constant=data, name=name))
+        return self._constants[id(tensor)][1]
+
+    def packed(self, value: Value, key: Hashable, pack: Callable[[np.ndarray], np.ndarray]) -> ConstantSource:
+        """A weight rearranged at compile time, made once for each (weight, ``key``).
+
+        Args:
+            value: A constant.
+            key: Names the arrangement.
+            pack: Gives the array to store.
+        """
+        assert value.constant is not None
+        at = (id(value.constant), key)
+        if at not in self._packed:
+            self._packed[at] = ConstantSource(np.ascontiguousarray(pack(value.constant)), value.name)
+        return self._packed[at]
+
+    def weight_key(self, source: ConstantSource) -> str:
+        """Key of a weight in the artifact."""
+        if source not in self._keys:
+            key, number = source.name, 0
+            while key in self.weights:
+                number += 1
+                key = f"{source.name}.{number}"
+            self.weights[key] = source.data
+            self._keys[source] = key
+        return self._keys[source]
+
+
+def _template(outputs: Sequence[Tensor]) -> str:
+    """What kind of kernel computes ``outputs``."""
+    for output in outputs:
+        if isinstance(output, LoopResult):
+            return output.nest.name
+        if isinstance(output, Reduction):
+            return "reduction"
+    return "elementwise"

@@ -1,0 +1,195 @@
+"""Values while a graph is lowered: lazy tensors, compile-time constants, integers known as expressions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from tvm import tirx
+from tvm.ir import Expr
+
+from mmopt.backends.compute import Map, Source, Tensor, index
+from mmopt.backends.expressions import simplify
+
+_DTYPES = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.DOUBLE: "float64",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT8: "int8",
+    ir.DataType.INT16: "int16",
+    ir.DataType.INT32: "int32",
+    ir.DataType.INT64: "int64",
+    ir.DataType.UINT8: "uint8",
+    ir.DataType.UINT16: "uint16",
+    ir.DataType.UINT32: "uint32",
+    ir.DataType.UINT64: "uint64",
+    ir.DataType.BOOL: "bool",
+}
+
+MAX_ELEMENTS = 128
+"""Integer tensors up to this size are followed element by element at compile time."""
+
+
+class NotLowered(Exception):  # noqa: N818 - control flow between lowering and partitioning, never shown as an error
+    """This node cannot be lowered; the reason goes to the report."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def dtype_name(dtype: ir.DataType | None) -> str:
+    """TVM name of an ONNX element type.
+
+    Raises:
+        NotLowered: No kernel works on this type.
+    """
+    if dtype not in _DTYPES:
+        raise NotLowered(f"element type {dtype.name if dtype else 'unknown'} has no kernels")
+    return _DTYPES[dtype]
+
+
+class ConstantSource(Source):
+    """A weight: a kernel parameter whose data is known at compile time and stored in the artifact."""
+
+    def __init__(self, data: np.ndarray, name: str) -> None:
+        super().__init__(data.shape, str(data.dtype), name)
+        self.data = data
+
+
+class Value:
+    """One ONNX value during lowering.
+
+    Exactly one of the three forms is primary; the others are derived on demand.
+
+    Attributes:
+        shape: Extents as int64 expressions.
+        dtype: TVM dtype name.
+        constant: The data when known at compile time.
+        elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor | None = None,
+        *,
+        constant: np.ndarray | None = None,
+        elements: np.ndarray | None = None,
+        dtype: str | None = None,
+        name: str = "value",
+    ) -> None:
+        self._tensor = tensor
+        self.constant = constant
+        self.name = name
+        self._elements = elements
+        if tensor is not None:
+            self.shape, self.dtype = tensor.shape, tensor.dtype
+        elif constant is not None:
+            self.shape, self.dtype = tuple(index(d) for d in constant.shape), str(constant.dtype)
+        elif elements is not None and dtype is not None:
+            self.shape, self.dtype = tuple(index(d) for d in elements.shape), dtype
+            if all(isinstance(e, tirx.IntImm) for e in elements.flat):
+                data = [int(e.value) for e in elements.flat]
+                self.constant = np.array(data, dtype=dtype).reshape(elements.shape)
+        else:
+            raise ValueError("a value needs a tensor, a constant or elements")
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def tensor(self) -> Tensor:
+        """The lazy tensor; constants become literals (one element) or weights."""
+        if self._tensor is None:
+            self._tensor = self._materialize()
+        return self._tensor
+
+    @tensor.setter
+    def tensor(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    @property
+    def pending(self) -> bool:
+        """Whether the value is a computation that no kernel has been emitted for."""
+        return self._tensor is not None and not isinstance(self._tensor, Source) and self.constant is None
+
+    @property
+    def elements(self) -> np.ndarray | None:
+        """Every element as an expression, or ``None`` when they are not followed."""
+        if self._elements is None and self.constant is not None and self.constant.size <= MAX_ELEMENTS:
+            if self.constant.dtype.kind in "iub":
+                flat = [tirx.const(int(v), "int64") for v in self.constant.flat]
+                self._elements = np.array([*flat, None], dtype=object)[:-1].reshape(self.constant.shape)
+        return self._elements
+
+    def _materialize(self) -> Tensor:
+        if self.constant is not None:
+            if self.constant.size == 1 and self.dtype != "bfloat16":
+                literal = tirx.const(self.constant.item(), self.dtype)
+                return Map(self.shape, self.dtype, lambda *_: literal, "literal")
+            return ConstantSource(self.constant, self.name)
+        assert self._elements is not None
+        return _choice(self._elements, self.dtype)
+
+
+def _choice(elements: np.ndarray, dtype: str) -> Map:
+    """A tensor that picks among expressions by its flat index."""
+    flat = [e.astype(dtype) for e in elements.flat]
+    shape = elements.shape
+
+    def body(*at: Expr) -> Expr:
+        position: Expr = tirx.const(0, "int64")
+        for i, extent in zip(at, shape, strict=True):
+            position = position * extent + i
+        chosen = flat[-1]
+        for number in range(len(flat) - 2, -1, -1):
+            chosen = tirx.Select(position.equal(tirx.const(number, "int64")), flat[number], chosen)
+        return chosen
+
+    return Map(shape, dtype, body, "sizes")
+
+
+def from_elements(elements: Any, dtype: str = "int64") -> Value:
+    """A value from a nested list (or array) of ints and expressions."""
+    array = np.array(elements, dtype=object)
+    flat = [simplify(index(e)) for e in array.flat]
+    return Value(elements=np.array([*flat, None], dtype=object)[:-1].reshape(array.shape), dtype=dtype)
+
+
+def known_ints(value: Value | None, what: str) -> list[int] | None:
+    """The elements of an integer input that must be compile-time constants (``None`` when the input is absent).
+
+    Raises:
+        NotLowered: The value depends on data at run time.
+    """
+    if value is None:
+        return None
+    if value.constant is None:
+        raise NotLowered(f"{what} is not known at compile time")
+    return [int(v) for v in value.constant.reshape(-1)]
+
+
+def known_extents(value: Value, what: str) -> list[Expr]:
+    """The elements of a 1-D integer input as size expressions.
+
+    Raises:
+        NotLowered: The value depends on data at run time.
+    """
+    if value.elements is None:
+        raise NotLowered(f"{what} depends on data at run time")
+    return list(value.elements.reshape(-1))
+
+
+def static_shape(shape: Sequence[Expr], what: str) -> tuple[int, ...]:
+    """``shape`` as integers.
+
+    Raises:
+        NotLowered: An extent is symbolic.
+    """
+    if not all(isinstance(d, tirx.IntImm) for d in shape):
+        raise NotLowered(f"{what} has symbolic extents")
+    return tuple(int(d.value) for d in shape)
