@@ -8,7 +8,7 @@ import pathlib
 import platform
 from typing import Any
 
-import psutil
+from mmopt.runtime.cpu import default_threads
 
 DISTRIBUTIONS = ("mmopt", "apache-tvm", "apache-tvm-ffi", "numpy", "onnxruntime", "openvino", "torch")
 IDENTITY = ("cpu", "architecture", "cores", "governor")
@@ -20,21 +20,14 @@ def facts() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "architecture": platform.machine(),
-        "cores": usable_cores(),
+        "cores": default_threads(),
         "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor") or "unknown",
-        "memory_bytes": psutil.virtual_memory().total,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "load_average": round(os.getloadavg()[0], 2),
         "versions": versions(),
     }
-
-
-def usable_cores() -> int:
-    """Physical cores this process may run on; the default number of threads."""
-    physical = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else physical
-    return max(1, min(physical, allowed))
 
 
 def cpu_model() -> str:

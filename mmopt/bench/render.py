@@ -154,10 +154,8 @@ def quantity(value: float | None, unit: str) -> str:
         return f"{value:.0f} B"
     if unit == "1/s":
         return f"{value:.4g}/s"
-    for scale, suffix in ((1.0, "s"), (1e-3, "ms")):
-        if value >= scale:
-            return f"{value / scale:.3g} {suffix}" if value < 100 * scale else f"{value / scale:.0f} {suffix}"
-    return f"{value * 1e6:.3g} µs"
+    scaled, suffix = (value, "s") if value >= 1 else (value * 1e3, "ms") if value >= 1e-3 else (value * 1e6, "µs")
+    return f"{scaled:.3g} {suffix}" if scaled < 100 else f"{scaled:.0f} {suffix}"
 
 
 def _result_row(result: Result, ratio: Interval | None) -> list[str]:

@@ -21,7 +21,7 @@ def artifact_specs(artifacts: Sequence[str], threads: int) -> list[Spec]:
     """
     if len(set(artifacts)) < len(artifacts):
         raise UserError("an artifact is named twice", hint="to see the noise, copy it: the copies need different paths")
-    stems = [pathlib.Path(artifact).name.removesuffix(".mmopt") for artifact in artifacts]
+    stems = [pathlib.Path(artifact).name.removesuffix(".zip").removesuffix(".mmopt") for artifact in artifacts]
     clear = len(set(stems)) == len(stems) and not set(stems) & set(PEERS)
     labels = stems if clear else artifacts
     return [Spec("mmopt", label, artifact, threads) for label, artifact in zip(labels, artifacts, strict=True)]

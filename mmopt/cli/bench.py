@@ -17,13 +17,13 @@ from mmopt.bench import render
 from mmopt.bench.answers import TOLERANCE
 from mmopt.bench.compare import FAIL_OVER, Comparison, compare_in_run, compare_reports
 from mmopt.bench.inputs import made_up_inputs, parse_shapes, read_inputs
-from mmopt.bench.machine import usable_cores
 from mmopt.bench.measure import Plan
 from mmopt.bench.peers import Spec
 from mmopt.bench.record import Report, read_report, write_json
 from mmopt.bench.request import artifact_specs, model_sources, parse_fraction, peers
 from mmopt.bench.run import Options, benchmark
 from mmopt.errors import UserError, VerifyError
+from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.store import open_store
 
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -85,7 +85,9 @@ def artifacts_command(
         typer.Option(metavar="NAME:1x128", help="Shape of a made-up input; symbolic sizes are 1 otherwise."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of made-up inputs.")] = 0,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = usable_cores(),
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of every contender. Default: one per physical core.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = Plan.rounds,
     time: Annotated[
         float, typer.Option(min=0.0, metavar="SECONDS", help="Measured time of every contender.")
@@ -114,6 +116,7 @@ def artifacts_command(
         raise UserError(f"no precision {precision!r}", where="--precision", hint=f"one of {', '.join(PRECISIONS)}")
     if limit is not None and len(artifacts) < 2:
         raise UserError("one artifact cannot be judged", where="--fail-over", hint="give the base artifact first")
+    threads = threads or default_threads()
     store = open_store(artifacts[0])
     others, left_out = peers(against, model_sources(model or [], store, trust_code=trust_code), threads, precision)
     if inputs is not None and shape:
