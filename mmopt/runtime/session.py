@@ -111,6 +111,14 @@ class Session:
             raise UserError(f"there is no entry point {name!r}", hint=did_you_mean(name, self.entries))
         return self.entries[name]
 
+    def file(self, name: str) -> pathlib.Path:
+        """A file of the artifact on disk, such as ``optimized.onnx``; extracted when the artifact is a zip.
+
+        Raises:
+            LoadError: There is none.
+        """
+        return self._store.file(name)
+
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Run the entry point ``main``; see :meth:`Entry.run`."""
         return self.entry(MAIN).run(inputs)
