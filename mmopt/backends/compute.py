@@ -104,6 +104,16 @@ class Combiner:
     simple: bool = True
 
 
+def _constants(value: float) -> Callable[[tuple[str, ...]], tuple[Expr, ...]]:
+    return lambda dtypes: tuple(tirx.const(value, d) for d in dtypes)
+
+
+SUM = Combiner(_constants(0), lambda a, b: (a[0] + b[0],))
+PRODUCT = Combiner(_constants(1), lambda a, b: (a[0] * b[0],))
+MAXIMUM = Combiner(lambda dtypes: (tirx.min_value(dtypes[0]),), lambda a, b: (tirx.max(a[0], b[0]),))
+MINIMUM = Combiner(lambda dtypes: (tirx.max_value(dtypes[0]),), lambda a, b: (tirx.min(a[0], b[0]),))
+
+
 class Reduction(Tensor):
     """Each element by combining a rule over extra axes.
 

@@ -1,0 +1,1 @@
+"""Kernel templates for the CPU, one a file."""

@@ -1,0 +1,286 @@
+"""Matrix products: a register tile of the result is kept in vector accumulators while the depth is walked once.
+
+    C[r, j] = Σ_k A[r, k] · B[k, j]
+
+A constant B is packed into panels ``[N/NR][K][NR]`` at compile time, so that the inner loop reads one contiguous
+stream; a B made at run time is read in place. The tile is ``MR`` rows by ``NR`` columns, chosen to fill the register
+file; rows and columns that do not fill a tile get a smaller tile of their own, so nothing is computed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import Stmt
+
+from mmopt.backends.compute import LoopNest, Sink, Tensor, index
+from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
+from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.profile import Profile
+
+MIN_PIECES = 8
+"""Parallel pieces to aim for, so that threads finish together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Register tile: ``rows`` × (``vectors`` × ``lanes``) elements of the result."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def columns(self) -> int:
+        return self.vectors * self.lanes
+
+
+def choose_tile(profile: Profile, dtype: str, rows: Expr, columns: int) -> Tile:
+    """The tile that fills the registers: accumulators, one row of B, one element of A.
+
+    Args:
+        profile: Vector width and number of registers.
+        dtype: Element type.
+        rows: Rows of the result.
+        columns: Columns of the result.
+    """
+    lanes = profile.vector_bytes // itemsize(dtype)
+    widest = 4 if profile.registers >= 32 else 2
+    vectors = max(1, min(widest, -(-columns // lanes)))
+    most = min((profile.registers - vectors - 1) // vectors, 16)
+    count = static(rows)
+    if count is not None and count > 0:
+        tiles = -(-count // most)
+        most = -(-count // tiles)
+    return Tile(most, vectors, lanes)
+
+
+def pack_panels(b: np.ndarray, columns: int) -> np.ndarray:
+    """Rearrange ``[K, N]`` into ``[ceil(N/columns), K, columns]``, zero-padded."""
+    depth, width = b.shape
+    panels = -(-width // columns)
+    padded = np.zeros((depth, panels * columns), b.dtype)
+    padded[:, :width] = b
+    return padded.reshape(depth, panels, columns).transpose(1, 0, 2)
+
+
+class Matmul(LoopNest):
+    """A (batched) product.
+
+    Args:
+        a: ``[*batch_a, M, K]``.
+        b: ``[*batch_b, K, N]``, or packed panels when ``panels``.
+        batch: Broadcast batch extents of the result.
+        rows: M.
+        columns: N, a constant.
+        depth: K.
+        tile: Register tile.
+        panels: Whether ``b`` is packed by :func:`pack_panels` with ``tile.columns``.
+    """
+
+    name = "matmul"
+
+    def __init__(
+        self,
+        a: Tensor,
+        b: Tensor,
+        *,
+        batch: Sequence[Expr],
+        rows: Expr,
+        columns: Expr,
+        depth: Expr,
+        tile: Tile,
+        panels: bool,
+        shape: Sequence[Expr] | None = None,
+    ) -> None:
+        super().__init__()
+        self.inputs = (a, b)
+        self.a, self.b = a, b
+        self.batch, self.rows, self.columns, self.depth = tuple(batch), rows, columns, depth
+        self.tile, self.panels = tile, panels
+        self.out_rows = tuple(shape[:-1]) if shape is not None else (*self.batch, rows)
+        self.output = self.result((*self.out_rows, columns), a.dtype)
+
+    def parameters(self) -> dict[str, object]:
+        """Template parameters, for reports."""
+        return {"rows": self.tile.rows, "columns": self.tile.columns, "packed": self.panels}
+
+    def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
+        """One parallel loop over batch × panels × chunks of rows."""
+        buffered = bool(kernel.plan.epilogues.get(self.output))  # type: ignore[attr-defined]
+        width = self.tile.columns
+        panels = simplify(tirx.floordiv(self.columns + (width - 1), i64(width)))
+        batches = simplify(product(self.batch))
+        chunks, rows_each = self._chunks(batches, panels)
+
+        def piece(task: Expr) -> Stmt:
+            at, panel, chunk = split_index(task, (batches, panels, chunks))
+            run = _Panel(self, sinks[0], split_index(at, self.batch), buffered)
+            return run.emit(panel, panels, chunk * rows_each, rows_each, exact=static(chunks) == 1)
+
+        work = static(simplify(batches * self.rows * self.columns * self.depth))
+        kind = "serial" if work is not None and work < 1 << 16 else "parallel"
+        return loop(simplify(batches * panels * chunks), piece, kind, "task")
+
+    def _chunks(self, batches: Expr, panels: Expr) -> tuple[Expr, Expr]:
+        """Pieces the rows are split into, and rows in each (a multiple of the tile's)."""
+        pieces, rows = static(simplify(batches * panels)), static(self.rows)
+        if pieces is not None and pieces >= MIN_PIECES or (rows is not None and rows <= self.tile.rows):
+            return i64(1), self.rows
+        wanted = -(-MIN_PIECES // (pieces or 1))
+        if rows is None:
+            each = self.tile.rows * 4
+            return simplify(tirx.floordiv(self.rows + (each - 1), i64(each))), i64(each)
+        tiles = -(-rows // self.tile.rows)
+        each = -(-tiles // min(wanted, tiles)) * self.tile.rows
+        return i64(-(-rows // each)), i64(each)
+
+
+class _Panel:
+    """Code for one panel of columns of one matrix of the batch."""
+
+    def __init__(self, nest: Matmul, sink: Sink, at: tuple[Expr, ...], buffered: bool) -> None:
+        self.nest, self.sink, self.at, self.buffered = nest, sink, at, buffered
+
+    def emit(self, panel: Expr, panels: Expr, first: Expr, count: Expr, *, exact: bool) -> Stmt:
+        width = self.nest.tile.columns
+        total = static(self.nest.columns)
+        if total is None:
+            full = self._rows(panel, self._spans(width), first, count, exact)
+            rest = self._narrow(panel, first, count)
+            return when((panel + 1) * width <= self.nest.columns, full, rest)
+        full, rest = total // width, total % width
+        if not rest:
+            return self._rows(panel, self._spans(width), first, count, exact)
+        last = self._rows(panel, self._spans(rest), first, count, exact)
+        if not full:
+            return last
+        return when(panel < full, self._rows(panel, self._spans(width), first, count, exact), last)
+
+    def _spans(self, width: int) -> list[tuple[int, int]]:
+        """(offset, lanes) of the vectors that cover ``width`` columns."""
+        lanes = self.nest.tile.lanes
+        return [(o, min(lanes, width - o)) for o in range(0, width, lanes)]
+
+    def _narrow(self, panel: Expr, first: Expr, count: Expr) -> Stmt:
+        """Columns left over when their number is only known at run time: one at a time."""
+        start = panel * self.nest.tile.columns
+        last = tirx.min(first + count, self.nest.rows)
+
+        def column(j: Expr) -> Stmt:
+            return loop(last - first, lambda r: self._tile(first + r, 1, None, start + j, [(0, 1)]), name="r")
+
+        return loop(self.nest.columns - start, column, name="j")
+
+    def _rows(self, panel: Expr, spans: list[tuple[int, int]], first: Expr, count: Expr, exact: bool) -> Stmt:
+        height = self.nest.tile.rows
+        start = panel * self.nest.tile.columns
+        total, each = static(self.nest.rows), static(count)
+
+        def tile(number: Expr, rows: int = height, limit: Expr | None = None) -> Stmt:
+            return self._tile(first + number * height, rows, limit, start, spans)
+
+        if total is not None and each is not None and (exact or total % each == 0):
+            full, rest = each // height, each % height
+            return seq(loop(full, tile, name="tile"), tile(i64(full), rest) if rest else None)
+        last = tirx.min(first + count, self.nest.rows)
+        full_tiles = tirx.floordiv(last - first, i64(height))
+        partial = when(tirx.floormod(last - first, i64(height)) > 0, tile(full_tiles, limit=last))
+        return seq(loop(full_tiles, tile, name="tile"), partial)
+
+    def _tile(self, row: Expr, rows: int, limit: Expr | None, column: Expr, spans: list[tuple[int, int]]) -> Stmt:
+        """One register tile: clear, accumulate over the depth, hand over. Rows at or beyond ``limit`` are dropped."""
+        width = spans[-1][0] + spans[-1][1]
+        dtype = self.nest.output.dtype
+        acc = tirx.decl_buffer((i64(rows * width),), dtype, "acc")
+
+        def each(body: Callable[[int, int, Expr], Stmt]) -> Stmt:
+            """``body(row, offset, lane)`` over the tile, fully unrolled."""
+            return seq(
+                *(
+                    loop(lanes, lambda v, i=i, o=o: body(i, o, v), "vectorized", "v")  # type: ignore[misc]
+                    for i in range(rows)
+                    for o, lanes in spans
+                )
+            )
+
+        def clear(i: int, o: int, v: Expr) -> Stmt:
+            return tirx.BufferStore(acc, tirx.const(0, dtype), [i64(i * width + o) + v])
+
+        def step(k: Expr) -> Stmt:
+            def update(i: int, o: int, v: Expr) -> Stmt:
+                at = i64(i * width + o) + v
+                left = self._a(row + i if limit is None else tirx.min(row + i, limit - 1), k)
+                return tirx.BufferStore(acc, acc[at] + left * self._b(column, i64(o) + v, k), [at])
+
+            return each(update)
+
+        def hand(i: int, o: int, v: Expr) -> Stmt:
+            return self._deliver(row + i, column + o + v, acc[i64(i * width + o) + v])
+
+        depth = loop(self.nest.depth, step, name="k")
+        if self.buffered and rows * width > 1:
+            return seq(tirx.AllocBuffer(acc), each(clear), depth, self._through_memory(acc, row, rows, limit, column, spans, each))
+        if limit is not None:
+            stores = [
+                when(row + i < limit, seq(*(loop(n, lambda v, i=i, o=o: hand(i, o, v), "vectorized", "v") for o, n in spans)))  # type: ignore[misc]
+                for i in range(rows)
+            ]
+            return seq(tirx.AllocBuffer(acc), each(clear), depth, *stores)
+        return seq(tirx.AllocBuffer(acc), each(clear), depth, each(hand))
+
+    def _through_memory(
+        self,
+        acc: tirx.Buffer,
+        row: Expr,
+        rows: int,
+        limit: Expr | None,
+        column: Expr,
+        spans: list[tuple[int, int]],
+        each: Callable[[Callable[[int, int, Expr], Stmt]], Stmt],
+    ) -> Stmt:
+        """Epilogues run as small loops over a copy of the tile, so that their code is not repeated for each register."""
+        width = spans[-1][0] + spans[-1][1]
+        copy = tirx.decl_buffer((i64(rows * width),), acc.dtype, "done")
+        save = each(lambda i, o, v: tirx.BufferStore(copy, acc[i64(i * width + o) + v], [i64(i * width + o) + v]))
+        lanes = spans[0][1]
+        whole, rest = width // lanes, width % lanes
+
+        def line(i: Expr) -> Stmt:
+            def at(j: Expr) -> Stmt:
+                return self._deliver(row + i, column + j, copy[i * width + j])
+
+            main = loop(whole, lambda b: loop(lanes, lambda v: at(b * lanes + v), "vectorized", "v"), name="b")
+            return seq(main, loop(rest, lambda v: at(i64(whole * lanes) + v), "vectorized", "v") if rest else None)
+
+        count = i64(rows) if limit is None else tirx.min(i64(rows), limit - row)
+        return seq(tirx.AllocBuffer(copy), save, loop(count, line, name="i"))
+
+    def _a(self, row: Expr, k: Expr) -> Expr:
+        tensor = self.nest.a
+        return tensor[(*self._batch_index(tensor, 2), row, k)]
+
+    def _b(self, column: Expr, j: Expr, k: Expr) -> Expr:
+        tensor = self.nest.b
+        if self.nest.panels:
+            return tensor[tirx.floordiv(column, i64(self.nest.tile.columns)), k, j]
+        return tensor[(*self._batch_index(tensor, 2), k, column + j)]
+
+    def _batch_index(self, tensor: Tensor, inner: int) -> tuple[Expr, ...]:
+        own = tensor.shape[: tensor.ndim - inner]
+        skip = len(self.at) - len(own)
+        return tuple(i64(0) if static(e) == 1 else self.at[skip + n] for n, e in enumerate(own))
+
+    def _deliver(self, row: Expr, column: Expr, value: Expr) -> Stmt:
+        if len(self.nest.out_rows) == len(self.nest.batch) + 1:
+            return self.sink((*self.at, row, column), value)  # type: ignore[no-any-return]
+        return self.sink((*split_index(row, self.nest.out_rows), column), value)  # type: ignore[no-any-return]
+
+
+def batch_extents(shape: Sequence[Expr | int]) -> tuple[Expr, ...]:
+    """Leading extents of a stack of matrices."""
+    return tuple(index(d) for d in shape[:-2])

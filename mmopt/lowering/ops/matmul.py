@@ -1,0 +1,132 @@
+"""MatMul and Gemm."""
+
+from __future__ import annotations
+
+import numpy as np
+from tvm import tirx
+
+from mmopt.backends.compute import SUM, Map, Reduction, index
+from mmopt.backends.cpu.kernels.matmul import Matmul, choose_tile, pack_panels
+from mmopt.backends.cpu.loops import product, static
+from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops.elementwise import broadcast_shape, elementwise, read
+from mmopt.lowering.registry import OpNode, lowers
+from mmopt.lowering.values import Value
+
+_TEMPLATE_DTYPES = ("float32", "float64")
+
+
+@lowers("MatMul")
+def matmul(node: OpNode) -> Value:
+    """numpy.matmul: stacks of matrices broadcast, vectors are promoted and dropped again."""
+    return product_of(node, node.input(0), node.input(1))
+
+
+def product_of(node: OpNode, a: Value, b: Value) -> Value:
+    """``a @ b`` for any ranks."""
+    context = node.context
+    if a.ndim == 1 or b.ndim == 1:
+        left = context.reshape(a, (1, *a.shape)) if a.ndim == 1 else a
+        right = context.reshape(b, (*b.shape, 1)) if b.ndim == 1 else b
+        full = product_of(node, left, right)
+        shape = [*full.shape[:-2], *([] if a.ndim == 1 else [full.shape[-2]]), *([] if b.ndim == 1 else [full.shape[-1]])]
+        return context.reshape(full, shape)
+    if a.dtype not in _TEMPLATE_DTYPES:
+        return _plain(node, a, b)
+    if b.constant is not None and b.ndim == 2 and static(b.shape[1]):
+        return packed_product(node, a, b, b.constant)
+    if any(static(d) == 0 for d in (*a.shape, *b.shape)):
+        return _plain(node, a, b)
+    context.realize([a, b], "operand")
+    batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
+    columns = static(b.shape[-1])
+    tile = choose_tile(context.program.profile, a.dtype, a.shape[-2], columns or 1 << 20)
+    nest = Matmul(
+        context.tensor(a), context.tensor(b), batch=batch, rows=a.shape[-2], columns=b.shape[-1], depth=a.shape[-1], tile=tile, panels=False
+    )
+    return Value(nest.output, name=node.name)
+
+
+def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: str = "") -> Value:
+    """``a @ weight`` with the weight packed at compile time.
+
+    Args:
+        node: The node being lowered.
+        a: ``[..., K]``.
+        b: The constant the weight comes from, for sharing.
+        weight: ``[K, N]``.
+        key: Names how ``weight`` was made from ``b``.
+    """
+    context = node.context
+    if 0 in weight.shape or any(static(d) == 0 for d in a.shape):
+        return _plain(node, a, Value(constant=weight))
+    rows = simplify(product(a.shape[:-1]))
+    flat = context.reshape(a, (rows, a.shape[-1]))
+    context.realize([flat], "operand")
+    tile = choose_tile(context.program.profile, a.dtype, rows, weight.shape[1])
+    panels = context.program.packed(b, ("panels", key, tile.columns), lambda _: pack_panels(weight, tile.columns))
+    nest = Matmul(
+        context.tensor(flat),
+        panels,
+        batch=(),
+        rows=rows,
+        columns=index(weight.shape[1]),
+        depth=index(weight.shape[0]),
+        tile=tile,
+        panels=True,
+        shape=(*a.shape[:-1], index(weight.shape[1])),
+    )
+    return Value(nest.output, name=node.name)
+
+
+def _plain(node: OpNode, a: Value, b: Value) -> Value:
+    """Any dtype, by a generic reduction."""
+    batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
+    shape = (*batch, a.shape[-2], b.shape[-1])
+    wide = "float32" if a.dtype in ("float16", "bfloat16") else a.dtype
+    left, right = context_tensors(node, a, b)
+
+    def body(*at: object) -> object:
+        *outer, i, j, k = at
+        x = read(left, (*outer, i, k), (*batch, a.shape[-2], a.shape[-1]))  # type: ignore[arg-type]
+        y = read(right, (*outer, k, j), (*batch, a.shape[-1], b.shape[-1]))  # type: ignore[arg-type]
+        return x.astype(wide) * y.astype(wide)
+
+    total = Reduction(shape, (a.shape[-1],), (wide,), body, SUM, name="matmul")
+    return Value(total if wide == a.dtype else Map(shape, a.dtype, lambda *at: total[at].astype(a.dtype)), name=node.name)
+
+
+def context_tensors(node: OpNode, a: Value, b: Value) -> tuple[Value, Value]:
+    """Both operands, read from memory where they have been realized."""
+    node.context.tensor(a)
+    node.context.tensor(b)
+    return a, b
+
+
+@lowers("Gemm")
+def gemm(node: OpNode) -> Value:
+    """alpha · A' · B' + beta · C."""
+    a, b, c = node.input(0), node.input(1), node.optional(2)
+    alpha, beta = node.attr("alpha", 1.0), node.attr("beta", 1.0)
+    if node.attr("transA", 0):
+        a = transposed(node, a)
+    if b.constant is not None and a.dtype in _TEMPLATE_DTYPES:
+        weight = b.constant.T if node.attr("transB", 0) else b.constant
+        result = packed_product(node, a, b, weight, key="T" if node.attr("transB", 0) else "")
+    else:
+        result = product_of(node, a, transposed(node, b) if node.attr("transB", 0) else b)
+    if alpha != 1.0:
+        result = elementwise(node, [result], lambda x: x * tirx.const(alpha, str(x.ty)))
+    if c is None or beta == 0.0:
+        return result
+    if beta == 1.0:
+        return elementwise(node, [result, c], lambda x, y: x + y)
+    return elementwise(node, [result, c], lambda x, y: x + y * tirx.const(beta, str(y.ty)))
+
+
+def transposed(node: OpNode, value: Value) -> Value:
+    """A matrix with its axes exchanged."""
+    if value.constant is not None:
+        return Value(constant=np.ascontiguousarray(value.constant.T), name=value.name)
+    tensor = node.context.tensor(value)
+    return Value(Map((value.shape[1], value.shape[0]), value.dtype, lambda i, j: tensor[j, i], "transpose"))
