@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import enum
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -66,9 +66,78 @@ class Pass(abc.ABC):
             Whether anything changed. The manager compares the claim with a structural hash.
         """
 
+    def spec(self) -> str:
+        """The pass with the options that differ from their defaults, as ``--pass`` takes it."""
+        options = [
+            f"{field.name}={_option_text(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if not _is_default(field, getattr(self, field.name))
+        ]
+        return f"{self.name}{{{','.join(options)}}}" if options else self.name
+
+    def error_bound(self) -> float | None:
+        """Largest error a ``LOSSY`` pass vouches for, as a fraction of each output's range; None when it has no bound.
+
+        The manager holds the pass to it. Other fidelities have their bound from their dtype.
+        """
+        return None
+
     def remark(self, context: PassContext, kind: str, node: str, message: str) -> None:
         """Leave a remark: ``kind`` is ``applied``, ``missed`` or ``note``."""
         context.remarks.append(Remark(self.name, kind, node, message))
+
+
+@dataclasses.dataclass(frozen=True)
+class FxPass(Pass):
+    """A rewrite of a ``torch.fx.GraphModule``: runs on models that come from torch, before they are exported."""
+
+    @abc.abstractmethod
+    def run_fx(self, graph_module: Any) -> Any:
+        """Rewrite ``graph_module``, in place or not.
+
+        Args:
+            graph_module: The ``torch.fx.GraphModule``.
+
+        Returns:
+            The GraphModule to go on with.
+        """
+
+    def run(self, module: Module, context: PassContext) -> bool:
+        """Leave a remark: the module is already ONNX, so it is too late for this pass."""
+        self.remark(context, "missed", "", "an FX pass runs on models from torch, before export; this module is ONNX")
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Passes that belong together.
+
+    Attributes:
+        name: Name of the phase, for reports.
+        passes: The passes, in order.
+        max_rounds: The passes are run again until none of them changes anything, at most so many times.
+    """
+
+    name: str
+    passes: tuple[Pass, ...]
+    max_rounds: int = 1
+
+
+def _is_default(field: dataclasses.Field[Any], value: object) -> bool:
+    if field.default is not dataclasses.MISSING:
+        return bool(field.default == value)
+    return field.default_factory is not dataclasses.MISSING and bool(field.default_factory() == value)
+
+
+def _option_text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, enum.Enum):
+        return str(value.value)
+    if isinstance(value, list | tuple | set | frozenset):
+        return f"[{','.join(_option_text(item) for item in value)}]"
+    text = str(value)
+    return f'"{text}"' if isinstance(value, str) and re.search(r'[,={}\[\]"\s]|^$', text) else text
 
 
 def kebab_case(name: str) -> str:
