@@ -42,6 +42,12 @@ class PassContext:
     remarks: list[Remark] = dataclasses.field(default_factory=list)
 
 
+def kebab_case(name: str) -> str:
+    """``FuseConvBN`` → ``fuse-conv-bn``."""
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
+    return spaced.replace("_", "-").lower()
+
+
 @dataclasses.dataclass(frozen=True)
 class Pass(abc.ABC):
     """A rewrite of a :class:`~mmopt.ir.module.Module` in place.
@@ -138,9 +144,3 @@ def _option_text(value: object) -> str:
         return f"[{','.join(_option_text(item) for item in value)}]"
     text = str(value)
     return f'"{text}"' if isinstance(value, str) and re.search(r'[,={}\[\]"\s]|^$', text) else text
-
-
-def kebab_case(name: str) -> str:
-    """``FuseConvBN`` → ``fuse-conv-bn``."""
-    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "-", name)
-    return spaced.replace("_", "-").lower()
