@@ -6,7 +6,8 @@ import numpy as np
 from tvm import tirx
 
 from mmopt.backends.compute import SUM, Map, Reduction, index
-from mmopt.backends.cpu.kernels.matmul import Matmul, choose_tile, pack_panels
+from mmopt.backends.cpu.kernels.matmul import Matmul, pack_panels
+from mmopt.backends.cpu.kernels.tile import choose_tile
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import broadcast_shape, elementwise, read
@@ -40,7 +41,7 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
     context.realize([a, b], "operand")
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
     columns = static(b.shape[-1])
-    tile = choose_tile(context.program.profile, a.dtype, a.shape[-2], columns or 1 << 20)
+    tile = choose_tile(context.program.profile, a.dtype, static(a.shape[-2]), columns or 1 << 20)
     nest = Matmul(
         context.tensor(a), context.tensor(b), batch=batch, rows=a.shape[-2], columns=b.shape[-1], depth=a.shape[-1], tile=tile, panels=False
     )
@@ -63,7 +64,7 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
     rows = simplify(product(a.shape[:-1]))
     flat = context.reshape(a, (rows, a.shape[-1]))
     context.realize([flat], "operand")
-    tile = choose_tile(context.program.profile, a.dtype, rows, weight.shape[1])
+    tile = choose_tile(context.program.profile, a.dtype, static(rows), weight.shape[1])
     panels = context.program.packed(b, ("panels", key, tile.columns), lambda _: pack_panels(weight, tile.columns))
     nest = Matmul(
         context.tensor(flat),

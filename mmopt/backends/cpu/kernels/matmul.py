@@ -9,8 +9,7 @@ file; rows and columns that do not fill a tile get a smaller tile of their own, 
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from tvm import tirx
@@ -18,45 +17,12 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor, index
+from mmopt.backends.cpu.kernels.tile import RegisterTile, Tile, spans
 from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
-from mmopt.backends.expressions import itemsize, simplify
-from mmopt.backends.profile import Profile
+from mmopt.backends.expressions import simplify
 
 MIN_PIECES = 8
 """Parallel pieces to aim for, so that threads finish together."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Register tile: ``rows`` × (``vectors`` × ``lanes``) elements of the result."""
-
-    rows: int
-    vectors: int
-    lanes: int
-
-    @property
-    def columns(self) -> int:
-        return self.vectors * self.lanes
-
-
-def choose_tile(profile: Profile, dtype: str, rows: Expr, columns: int) -> Tile:
-    """The tile that fills the registers: accumulators, one row of B, one element of A.
-
-    Args:
-        profile: Vector width and number of registers.
-        dtype: Element type.
-        rows: Rows of the result.
-        columns: Columns of the result.
-    """
-    lanes = profile.vector_bytes // itemsize(dtype)
-    widest = 4 if profile.registers >= 32 else 2
-    vectors = max(1, min(widest, -(-columns // lanes)))
-    most = min((profile.registers - vectors - 1) // vectors, 16)
-    count = static(rows)
-    if count is not None and count > 0:
-        tiles = -(-count // most)
-        most = -(-count // tiles)
-    return Tile(most, vectors, lanes)
 
 
 def pack_panels(b: np.ndarray, columns: int) -> np.ndarray:
@@ -129,7 +95,7 @@ class Matmul(LoopNest):
     def _chunks(self, batches: Expr, panels: Expr) -> tuple[Expr, Expr]:
         """Pieces the rows are split into, and rows in each (a multiple of the tile's)."""
         pieces, rows = static(simplify(batches * panels)), static(self.rows)
-        if pieces is not None and pieces >= MIN_PIECES or (rows is not None and rows <= self.tile.rows):
+        if (pieces is not None and pieces >= MIN_PIECES) or (rows is not None and rows <= self.tile.rows):
             return i64(1), self.rows
         wanted = -(-MIN_PIECES // (pieces or 1))
         if rows is None:
@@ -150,21 +116,16 @@ class _Panel:
         width = self.nest.tile.columns
         total = static(self.nest.columns)
         if total is None:
-            full = self._rows(panel, self._spans(width), first, count, exact)
+            full = self._rows(panel, spans(width, self.nest.tile.lanes), first, count, exact)
             rest = self._narrow(panel, first, count)
             return when((panel + 1) * width <= self.nest.columns, full, rest)
         full, rest = total // width, total % width
         if not rest:
-            return self._rows(panel, self._spans(width), first, count, exact)
-        last = self._rows(panel, self._spans(rest), first, count, exact)
+            return self._rows(panel, spans(width, self.nest.tile.lanes), first, count, exact)
+        last = self._rows(panel, spans(rest, self.nest.tile.lanes), first, count, exact)
         if not full:
             return last
-        return when(panel < full, self._rows(panel, self._spans(width), first, count, exact), last)
-
-    def _spans(self, width: int) -> list[tuple[int, int]]:
-        """(offset, lanes) of the vectors that cover ``width`` columns."""
-        lanes = self.nest.tile.lanes
-        return [(o, min(lanes, width - o)) for o in range(0, width, lanes)]
+        return when(panel < full, self._rows(panel, spans(width, self.nest.tile.lanes), first, count, exact), last)
 
     def _narrow(self, panel: Expr, first: Expr, count: Expr) -> Stmt:
         """Columns left over when their number is only known at run time: one at a time."""
@@ -172,17 +133,17 @@ class _Panel:
         last = tirx.min(first + count, self.nest.rows)
 
         def column(j: Expr) -> Stmt:
-            return loop(last - first, lambda r: self._tile(first + r, 1, None, start + j, [(0, 1)]), name="r")
+            return loop(last - first, lambda r: self._tile(first + r, 1, None, start + j, [1]), name="r")
 
         return loop(self.nest.columns - start, column, name="j")
 
-    def _rows(self, panel: Expr, spans: list[tuple[int, int]], first: Expr, count: Expr, exact: bool) -> Stmt:
+    def _rows(self, panel: Expr, used: list[int], first: Expr, count: Expr, exact: bool) -> Stmt:
         height = self.nest.tile.rows
         start = panel * self.nest.tile.columns
         total, each = static(self.nest.rows), static(count)
 
         def tile(number: Expr, rows: int = height, limit: Expr | None = None) -> Stmt:
-            return self._tile(first + number * height, rows, limit, start, spans)
+            return self._tile(first + number * height, rows, limit, start, used)
 
         if total is not None and each is not None and (exact or total % each == 0):
             full, rest = each // height, each % height
@@ -192,73 +153,23 @@ class _Panel:
         partial = when(tirx.floormod(last - first, i64(height)) > 0, tile(full_tiles, limit=last))
         return seq(loop(full_tiles, tile, name="tile"), partial)
 
-    def _tile(self, row: Expr, rows: int, limit: Expr | None, column: Expr, spans: list[tuple[int, int]]) -> Stmt:
-        """One register tile: clear, accumulate over the depth, hand over. Rows at or beyond ``limit`` are dropped."""
-        width = spans[-1][0] + spans[-1][1]
-        dtype = self.nest.output.dtype
-        acc = tirx.decl_buffer((i64(rows * width),), dtype, "acc")
+    def _tile(self, row: Expr, rows: int, limit: Expr | None, column: Expr, used: list[int]) -> Stmt:
+        """One register tile. Rows at or beyond ``limit`` are dropped."""
+        nest = self.nest
+        lanes = nest.tile.lanes if used != [1] else 1
+        left = None if limit is None else limit - row
+        tile = RegisterTile(nest.output.dtype, rows, used, lanes, left, self.buffered)
 
-        def each(body: Callable[[int, int, Expr], Stmt]) -> Stmt:
-            """``body(row, offset, lane)`` over the tile, fully unrolled."""
-            return seq(
-                *(
-                    loop(lanes, lambda v, i=i, o=o: body(i, o, v), "vectorized", "v")  # type: ignore[misc]
-                    for i in range(rows)
-                    for o, lanes in spans
-                )
-            )
+        def a(i: Expr, k: Expr) -> Expr:
+            return self._a(row + i if limit is None else tirx.min(row + i, limit - 1), k)
 
-        def clear(i: int, o: int, v: Expr) -> Stmt:
-            return tirx.BufferStore(acc, tirx.const(0, dtype), [i64(i * width + o) + v])
+        def b(n: Expr, v: Expr, k: Expr) -> Expr:
+            return self._b(column, n * lanes + v, k)
 
-        def step(k: Expr) -> Stmt:
-            def update(i: int, o: int, v: Expr) -> Stmt:
-                at = i64(i * width + o) + v
-                left = self._a(row + i if limit is None else tirx.min(row + i, limit - 1), k)
-                return tirx.BufferStore(acc, acc[at] + left * self._b(column, i64(o) + v, k), [at])
+        def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
+            return self._deliver(row + i, column + n * lanes + v, value)
 
-            return each(update)
-
-        def hand(i: int, o: int, v: Expr) -> Stmt:
-            return self._deliver(row + i, column + o + v, acc[i64(i * width + o) + v])
-
-        depth = loop(self.nest.depth, step, name="k")
-        if self.buffered and rows * width > 1:
-            return seq(tirx.AllocBuffer(acc), each(clear), depth, self._through_memory(acc, row, rows, limit, column, spans, each))
-        if limit is not None:
-            stores = [
-                when(row + i < limit, seq(*(loop(n, lambda v, i=i, o=o: hand(i, o, v), "vectorized", "v") for o, n in spans)))  # type: ignore[misc]
-                for i in range(rows)
-            ]
-            return seq(tirx.AllocBuffer(acc), each(clear), depth, *stores)
-        return seq(tirx.AllocBuffer(acc), each(clear), depth, each(hand))
-
-    def _through_memory(
-        self,
-        acc: tirx.Buffer,
-        row: Expr,
-        rows: int,
-        limit: Expr | None,
-        column: Expr,
-        spans: list[tuple[int, int]],
-        each: Callable[[Callable[[int, int, Expr], Stmt]], Stmt],
-    ) -> Stmt:
-        """Epilogues run as small loops over a copy of the tile, so that their code is not repeated for each register."""
-        width = spans[-1][0] + spans[-1][1]
-        copy = tirx.decl_buffer((i64(rows * width),), acc.dtype, "done")
-        save = each(lambda i, o, v: tirx.BufferStore(copy, acc[i64(i * width + o) + v], [i64(i * width + o) + v]))
-        lanes = spans[0][1]
-        whole, rest = width // lanes, width % lanes
-
-        def line(i: Expr) -> Stmt:
-            def at(j: Expr) -> Stmt:
-                return self._deliver(row + i, column + j, copy[i * width + j])
-
-            main = loop(whole, lambda b: loop(lanes, lambda v: at(b * lanes + v), "vectorized", "v"), name="b")
-            return seq(main, loop(rest, lambda v: at(i64(whole * lanes) + v), "vectorized", "v") if rest else None)
-
-        count = i64(rows) if limit is None else tirx.min(i64(rows), limit - row)
-        return seq(tirx.AllocBuffer(copy), save, loop(count, line, name="i"))
+        return tile.emit([nest.depth], a, b, deliver)
 
     def _a(self, row: Expr, k: Expr) -> Expr:
         tensor = self.nest.a

@@ -1,0 +1,150 @@
+"""The register tile: a small block of results kept in vector accumulators while a sum is walked once.
+
+    T[i, j] = Σ_k a(i, k) · b(j, k)        i < rows, j < vectors × lanes
+
+``a`` is broadcast, ``b`` is a vector of neighbouring columns; every accumulator is a register of its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import Stmt
+
+from mmopt.backends.cpu.loops import i64, loop, loops, seq, when
+from mmopt.backends.expressions import itemsize
+from mmopt.backends.profile import Profile
+
+ReadA = Callable[..., Expr]
+"""``a(i, *k)``: one element for row ``i``."""
+
+ReadB = Callable[..., Expr]
+"""``b(vector, lane, *k)``: the element of a lane of a vector of columns."""
+
+Deliver = Callable[[Expr, Expr, Expr], Stmt]
+"""``deliver(vector, lane, value)`` bound to a row: the statement that consumes one result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Register tile: ``rows`` × (``vectors`` × ``lanes``) elements of the result."""
+
+    rows: int
+    vectors: int
+    lanes: int
+
+    @property
+    def columns(self) -> int:
+        return self.vectors * self.lanes
+
+
+def lanes_of(profile: Profile, dtype: str) -> int:
+    """Elements of ``dtype`` in a vector register."""
+    return profile.vector_bytes // itemsize(dtype)
+
+
+def choose_tile(profile: Profile, dtype: str, rows: int | None, columns: int) -> Tile:
+    """The tile that fills the registers: accumulators, one row of b, one element of a.
+
+    Args:
+        profile: Vector width and number of registers.
+        dtype: Element type.
+        rows: Rows to cover, when known; tiles are balanced so that the last is not a sliver.
+        columns: Columns to cover.
+    """
+    lanes = lanes_of(profile, dtype)
+    widest = 4 if profile.registers >= 32 else 2
+    vectors = max(1, min(widest, -(-columns // lanes)))
+    most = min((profile.registers - vectors - 1) // vectors, 16)
+    if rows:
+        most = -(-rows // -(-rows // most))
+    return Tile(most, vectors, lanes)
+
+
+@dataclasses.dataclass
+class RegisterTile:
+    """Code of one tile.
+
+    Attributes:
+        dtype: Element type of the accumulators.
+        rows: Rows of the tile.
+        spans: Lanes used of each vector of columns; all but the last are full.
+        lanes: Lanes of a full vector.
+        limit: Rows that are really there when that is only known at run time; reads beyond it must be legal.
+        buffered: Results pass through memory, so that long epilogues are loops and not unrolled code.
+    """
+
+    dtype: str
+    rows: int
+    spans: Sequence[int]
+    lanes: int
+    limit: Expr | None = None
+    buffered: bool = False
+
+    def __post_init__(self) -> None:
+        self.width = sum(self.spans)
+        self.acc = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "acc")
+
+    def emit(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
+        """Clear, accumulate over ``depth``, hand over.
+
+        Args:
+            depth: Extents of the summed axes, outermost first.
+            a: Reads the left operand.
+            b: Reads the right operand.
+            deliver: ``deliver(row, vector, lane, value)``.
+        """
+
+        def step(*k: Expr) -> Stmt:
+            def update(i: int, n: int, v: Expr) -> Stmt:
+                at = self._at(i, n, v)
+                return tirx.BufferStore(self.acc, self.acc[at] + a(i64(i), *k) * b(i64(n), v, *k), [at])
+
+            return self._each(update)
+
+        clear = self._each(lambda i, n, v: tirx.BufferStore(self.acc, tirx.const(0, self.dtype), [self._at(i, n, v)]))
+        done = self._through_memory(deliver) if self.buffered and self.rows * self.width > 1 else self._hand(deliver)
+        return seq(tirx.AllocBuffer(self.acc), clear, loops(depth, step, "k"), done)
+
+    def _at(self, i: int, n: int, v: Expr) -> Expr:
+        return i64(i * self.width + n * self.lanes) + v
+
+    def _row(self, i: int, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
+        return seq(
+            *(loop(used, lambda v, n=n: body(i, n, v), "vectorized", "v") for n, used in enumerate(self.spans))  # type: ignore[misc]
+        )
+
+    def _each(self, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
+        """``body(row, vector, lane)`` over the tile, fully unrolled."""
+        return seq(*(self._row(i, body) for i in range(self.rows)))
+
+    def _hand(self, deliver: Callable[..., Stmt]) -> Stmt:
+        def hand(i: int, n: int, v: Expr) -> Stmt:
+            return deliver(i64(i), i64(n), v, self.acc[self._at(i, n, v)])
+
+        if self.limit is None:
+            return self._each(hand)
+        return seq(*(when(i64(i) < self.limit, self._row(i, hand)) for i in range(self.rows)))
+
+    def _through_memory(self, deliver: Callable[..., Stmt]) -> Stmt:
+        copy = tirx.decl_buffer(self.acc.shape, self.dtype, "done")
+        save = self._each(lambda i, n, v: tirx.BufferStore(copy, self.acc[self._at(i, n, v)], [self._at(i, n, v)]))
+
+        def vector(i: Expr, n: Expr, used: int) -> Stmt:
+            return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.lanes + v]), "vectorized", "v")
+
+        def row(i: Expr) -> Stmt:
+            full = sum(used == self.lanes for used in self.spans)
+            main = loop(full, lambda n: vector(i, n, self.lanes), name="n")
+            return seq(main, vector(i, i64(full), self.spans[-1]) if full < len(self.spans) else None)
+
+        count = i64(self.rows) if self.limit is None else tirx.min(i64(self.rows), self.limit)
+        return seq(tirx.AllocBuffer(copy), save, loop(count, row, name="i"))
+
+
+def spans(width: int, lanes: int) -> list[int]:
+    """Lanes used of each vector that covers ``width`` columns."""
+    return [min(lanes, width - o) for o in range(0, width, lanes)]
