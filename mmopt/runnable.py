@@ -21,17 +21,19 @@ OPTIMIZED = "optimized.onnx"
 
 
 class Runnable(Protocol):
-    """Something that computes outputs from inputs.
+    """Something that computes outputs from inputs."""
 
-    Attributes:
-        label: How to call it.
-        inputs: What it takes.
-        outputs: What it gives.
-    """
+    @property
+    def label(self) -> str:
+        """How to call it."""
 
-    label: str
-    inputs: Sequence[TensorSpec]
-    outputs: Sequence[TensorSpec]
+    @property
+    def inputs(self) -> Sequence[TensorSpec]:
+        """What it takes."""
+
+    @property
+    def outputs(self) -> Sequence[TensorSpec]:
+        """What it gives."""
 
     def run_all(self, batches: Sequence[Inputs]) -> list[dict[str, Any]]:
         """Outputs by name for each set of inputs."""
@@ -62,8 +64,8 @@ class ModelRunnable:
 class ArtifactRunnable:
     """A loaded artifact, or one entry point of it."""
 
-    def __init__(self, session: Session, label: str, *, path: pathlib.Path | None = None, entry: str = "main") -> None:
-        self.label, self._session, self._path = label, session, path
+    def __init__(self, session: Session, label: str, *, entry: str = "main", module: Module | None = None) -> None:
+        self.label, self._session, self._module = label, session, module
         self._entry = session.entry(entry)
         self.inputs, self.outputs = self._entry.inputs, self._entry.outputs
 
@@ -73,11 +75,11 @@ class ArtifactRunnable:
 
     def module(self) -> Module | None:
         """See :class:`Runnable`."""
-        if self._entry.name != "main" or OPTIMIZED not in self._session.manifest.files:
-            return None
-        from mmopt.frontends.onnx import load_onnx
+        if self._module is None and self._entry.name == "main" and OPTIMIZED in self._session.manifest.files:
+            from mmopt.frontends.onnx import load_onnx
 
-        return load_onnx(self._session.file(OPTIMIZED))
+            self._module = load_onnx(self._session.file(OPTIMIZED))
+        return self._module
 
 
 def as_runnable(
@@ -101,7 +103,7 @@ def as_runnable(
         path = pathlib.Path(source)
         label = label or str(source)
         if path.is_dir() or path.name.endswith((".mmopt", ".zip")) or is_artifact(path):
-            return ArtifactRunnable(load_artifact(path, threads), label, path=path)
+            return ArtifactRunnable(load_artifact(path, threads), label)
     if isinstance(source, Module):
         return ModelRunnable(source, label or "model", threads=threads or 0, seed=seed)
     from mmopt.api import load

@@ -10,6 +10,7 @@ from typing import Any
 from mmopt.errors import UserError, VerifyError, did_you_mean
 from mmopt.ir.evaluate import ReferenceRunner, is_random
 from mmopt.ir.module import Module
+from mmopt.loading import Shapes, symbol_sizes
 from mmopt.pipeline.base import Fidelity
 from mmopt.pipeline.validation import (
     OutputComparison,
@@ -86,6 +87,7 @@ def compare_runnables(
     inputs: Inputs | Sequence[Inputs] | None = None,
     seed: int = 0,
     tolerance: float | None = None,
+    shapes: Shapes | None = None,
 ) -> Verification:
     """Run both on the same inputs and compare every output.
 
@@ -96,6 +98,7 @@ def compare_runnables(
         seed: Seed of the probes.
         tolerance: Largest error as a fraction of an output's range; by default it follows from the coarsest number
             format either of them computes in.
+        shapes: Shapes of probes, by input name.
 
     Raises:
         UserError: The two do not take the same inputs or give the same outputs, or no inputs can be made up.
@@ -105,7 +108,7 @@ def compare_runnables(
     notes: list[str] = []
     batches = [inputs] if isinstance(inputs, Mapping) else inputs
     if batches is None:
-        batches = _probes(modules, seed)
+        batches = _probes(modules, seed, shapes or {})
     bound = _tolerance(modules, tolerance)
     if any(is_random(module) for module in modules):
         notes.append("the model draws random numbers: only shapes and dtypes were compared")
@@ -134,14 +137,18 @@ def _check_names(actual: Runnable, reference: Runnable) -> None:
                 raise UserError(f"has no {kind[:-1]} {name!r}", where=other.label, hint=did_you_mean(name, names))
 
 
-def _probes(modules: Sequence[Module], seed: int) -> Sequence[Inputs]:
+def _probes(modules: Sequence[Module], seed: int, shapes: Shapes) -> Sequence[Inputs]:
     if not modules:
         raise UserError("neither side holds a model from which inputs could be made", hint="give --inputs FILE.npz")
     from mmopt.analysis.probes import probe_inputs
 
     with ReferenceRunner(seed=seed) as runner:
-        batches: Sequence[Inputs] = probe_inputs(modules[0], seeds=range(seed, seed + _PROBES), runner=runner)
-    return batches
+        return probe_inputs(
+            modules[0],
+            seeds=range(seed, seed + _PROBES),
+            sizes=symbol_sizes(modules[0], shapes),
+            runner=runner,
+        )
 
 
 def _tolerance(modules: Sequence[Module], relative: float | None) -> Tolerance:

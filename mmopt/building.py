@@ -1,0 +1,178 @@
+"""From an optimized module to a verified artifact on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmopt.errors import UnsupportedError, VerifyError
+from mmopt.frontends.onnx import save_onnx
+from mmopt.ir.module import Module
+from mmopt.runnable import OPTIMIZED, ArtifactRunnable, Inputs, ModelRunnable
+from mmopt.runtime import Session, load_artifact
+from mmopt.runtime.manifest import Manifest
+from mmopt.runtime.writer import ArtifactWriter, write_artifact
+from mmopt.verification import Verification, compare_runnables
+
+if TYPE_CHECKING:
+    from mmopt.backends.profile import Profile
+
+Progress = Callable[[int, int, str], None]
+_STEPS = ("lower and compile", "write", "verify", "move into place")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileResult:
+    """A written artifact.
+
+    Attributes:
+        path: Where it is.
+        manifest: What it says about itself.
+        size: Bytes of all its files.
+        checks: How each entry point agrees with the model it was made from, by name; empty when it cannot run here.
+        unverified: Why it could not be verified, or "".
+    """
+
+    path: pathlib.Path
+    manifest: Manifest
+    size: int
+    checks: dict[str, Verification]
+    unverified: str = ""
+
+    @property
+    def native(self) -> bool:
+        """Whether every segment of every entry point is native code."""
+        segments = (segment for entry in self.manifest.entries.values() for segment in entry.segments)
+        return all(segment.kind == "native" for segment in segments)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready values."""
+        return {
+            "path": str(self.path),
+            "size": self.size,
+            "target": self.manifest.target,
+            "native": self.native,
+            "entries": {name: entry.to_json() for name, entry in self.manifest.entries.items()},
+            "notes": self.manifest.notes,
+            "verified": {name: check.to_dict() for name, check in self.checks.items()},
+            "unverified": self.unverified,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """How an artifact is verified before it gets its name.
+
+    Attributes:
+        reference: What ``main`` has to agree with; the module that is compiled when None.
+        inputs: Inputs to compare on; probes when None.
+        tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
+        seed: Seed of the probes.
+        allow_mismatch: Write the artifact even when it disagrees.
+    """
+
+    reference: Module | None = None
+    inputs: Inputs | Sequence[Inputs] | None = None
+    tolerance: float | None = None
+    seed: int = 0
+    allow_mismatch: bool = False
+
+
+def build_artifact(
+    module: Module,
+    profile: Profile,
+    output: str | os.PathLike[str],
+    *,
+    entries: Mapping[str, Module] | None = None,
+    check: Check | None = None,
+    report: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Progress = lambda index, total, name: None,
+) -> CompileResult:
+    """Compile, write beside ``output``, verify there, and only then give it its name.
+
+    Args:
+        module: What becomes the entry point ``main``, and ``optimized.onnx``.
+        profile: What to compile for.
+        output: Folder to write, or one zip when the name ends in ``.zip``.
+        entries: Further entry points by name.
+        check: How to verify.
+        report: Content of ``report.json``.
+        config: The resolved configuration, for the manifest.
+        progress: Told step, number of steps and what it does.
+
+    Raises:
+        UserError: ``output`` cannot be written.
+        UnsupportedError: Something in the model runs nowhere.
+        BackendError: Compiling or running failed.
+        VerifyError: It disagrees with the reference.
+    """
+    from mmopt.lowering.compiler import compile_module
+
+    entries, check = dict(entries or {}), check or Check()
+    with write_artifact(output) as writer:
+        progress(0, len(_STEPS), _STEPS[0])
+        program = compile_module(module, profile, entries=entries)
+        progress(1, len(_STEPS), _STEPS[1])
+        writer.add_program(program, config=config)
+        del program  # its weights are as large as the model
+        writer.add(OPTIMIZED, lambda path: save_onnx(module, path, inline=True))
+        if report is not None:
+            writer.add_json("report.json", report)
+        writer.seal()
+        progress(2, len(_STEPS), _STEPS[2])
+        checks, unverified = _verify(writer, module, entries, check)
+        writer.add_json("verify.json", _verify_json(checks, unverified))
+        if not check.allow_mismatch:
+            for found in checks.values():
+                _insist(found)
+        progress(3, len(_STEPS), _STEPS[3])
+        manifest = writer.seal()
+        writer.commit()
+    size = sum(record.size for record in manifest.files.values())
+    return CompileResult(writer.output, manifest, size, checks, unverified)
+
+
+def _verify(
+    writer: ArtifactWriter, module: Module, entries: Mapping[str, Module], check: Check
+) -> tuple[dict[str, Verification], str]:
+    try:
+        session = load_artifact(writer.folder, verify_hashes="size")
+    except UnsupportedError as error:
+        return {}, f"not verified, because it cannot run here: {error.what}"
+    with session:
+        label = writer.output.name
+        reference = ModelRunnable(check.reference or module, "the original model", seed=check.seed)
+        main = ArtifactRunnable(session, label, module=module)
+        found = {
+            "main": compare_runnables(main, reference, inputs=check.inputs, seed=check.seed, tolerance=check.tolerance)
+        }
+        for name, entry in entries.items():
+            found[name] = _verify_entry(session, name, entry, label, check)
+    return found, ""
+
+
+def _verify_entry(session: Session, name: str, entry: Module, label: str, check: Check) -> Verification:
+    actual = ArtifactRunnable(session, f"{label}:{name}", entry=name, module=entry)
+    reference = ModelRunnable(entry, f"{name} of the optimized model", seed=check.seed)
+    return compare_runnables(actual, reference, seed=check.seed, tolerance=check.tolerance)
+
+
+def _verify_json(checks: Mapping[str, Verification], unverified: str) -> dict[str, Any]:
+    return {
+        "schema_version": 1,
+        "ok": all(check.ok for check in checks.values()) if checks else None,
+        "unverified": unverified,
+        "entries": {name: check.to_dict() for name, check in checks.items()},
+    }
+
+
+def _insist(found: Verification) -> None:
+    try:
+        found.check()
+    except VerifyError as error:
+        hint = "no artifact was written; --allow-mismatch writes it all the same"
+        raise VerifyError(error.what, where=error.where, hint=hint) from error

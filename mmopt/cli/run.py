@@ -1,0 +1,74 @@
+"""``mmopt run``: an artifact or a model on inputs from a file."""
+
+from __future__ import annotations
+
+import pathlib
+import time
+from typing import Annotated, Any
+
+import typer
+
+from mmopt.cli.arrays import read_arrays, write_arrays
+from mmopt.cli.output import JsonFile, Output, Quiet, Verbose, table, time_text
+from mmopt.runtime import load_artifact
+from mmopt.runtime.session import check_inputs
+from mmopt.runtime.store import is_artifact
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.command()
+def run(
+    artifact: Annotated[str, typer.Argument(metavar="ARTIFACT|MODEL", help="What to run.")],
+    inputs: Annotated[pathlib.Path, typer.Option(metavar="FILE.npz", help="Inputs by name.")],
+    output: Annotated[pathlib.Path | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Outputs.")] = None,
+    entry: Annotated[str, typer.Option(metavar="NAME", help="Entry point of the artifact.")] = "main",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
+    json: JsonFile = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Run an artifact (or a model, in onnxruntime) once. Outputs are summarized, and written with -o."""
+    show = Output(verbose, quiet, json)
+    begin = time.perf_counter()
+    outputs, seconds = _run(artifact, inputs, entry, threads, trust_code)
+    show.say(f"loaded in {time_text(time.perf_counter() - begin - seconds)}, ran in {time_text(seconds)}")
+    rows = [row for name, value in outputs.items() for row in _rows(name, value)]
+    show.result(table(("output", "dtype", "shape", "min", "max", "mean"), [list(row.values()) for row in rows]))
+    if output is not None:
+        for name in write_arrays(output, outputs):
+            show.warn(f"{name} is stored as float32: .npz has no type for it")
+        show.result(f"wrote {output}")
+    show.json({"outputs": rows, "seconds": seconds, "file": None if output is None else str(output)})
+
+
+def _run(
+    source: str, inputs: pathlib.Path, entry: str, threads: int | None, trust_code: bool
+) -> tuple[dict[str, Any], float]:
+    path = pathlib.Path(source)
+    if path.is_dir() or source.endswith((".mmopt", ".zip")) or is_artifact(path):
+        target = load_artifact(path, threads).entry(entry)
+        values = read_arrays(inputs, target.inputs)
+        begin = time.perf_counter()
+        return target.run(values), time.perf_counter() - begin
+    from mmopt.runnable import as_runnable
+
+    model = as_runnable(source, threads=threads, trust_code=trust_code)
+    values = check_inputs(model.inputs, read_arrays(inputs, model.inputs), where=source)
+    begin = time.perf_counter()
+    return model.run_all([values])[0], time.perf_counter() - begin
+
+
+def _rows(name: str, value: Any) -> list[dict[str, Any]]:
+    if isinstance(value, list):
+        return [row for index, item in enumerate(value) for row in _rows(f"{name}.{index}", item)]
+    row = {"output": name, "dtype": "none", "shape": "", "min": "", "max": "", "mean": ""}
+    if value is None:
+        return [row]
+    dtype = "string" if value.dtype == object else str(value.dtype)
+    row |= {"dtype": dtype, "shape": str(list(value.shape))}
+    if dtype != "string" and value.dtype.kind != "c" and value.size:
+        numbers = value.astype("float64")
+        row |= {key: f"{getattr(numbers, key)():.6g}" for key in ("min", "max", "mean")}
+    return [row]
