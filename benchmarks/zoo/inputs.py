@@ -142,7 +142,8 @@ def _picture(rng: np.random.Generator, lead: tuple[int, ...], size: int) -> np.n
 def _interpolation(cells: int, size: int) -> np.ndarray:
     """Matrix ``[size, cells]`` that interpolates linearly from ``cells`` knots to ``size`` pixels."""
     at = np.linspace(0, cells - 1, size)[:, None]
-    return np.maximum(0, 1 - np.abs(at - np.arange(cells)))
+    weights: np.ndarray = np.maximum(0, 1 - np.abs(at - np.arange(cells)))
+    return weights
 
 
 def _normalize(pixels: np.ndarray) -> np.ndarray:

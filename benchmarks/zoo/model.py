@@ -201,14 +201,15 @@ class TorchModel(ZooModel):
         """Export through ``torch.onnx.export(..., dynamo=True)``."""
         self._require()
         path = _place(folder, self.name, batch, dynamic)
-        if _is_current(path, _builder_digest()):
+        digest = _builder_digest()
+        if _is_current(path, digest):
             return path
         from benchmarks.zoo import onnx_export
 
         built = self.build()
         arrays = self.inputs(2 if dynamic else batch)
         shapes = built.dynamic_shapes if dynamic else None
-        with _written_whole(path, _builder_digest()) as target:
+        with _written_whole(path, digest) as target:
             onnx_export.write(built.module, arrays, self.outputs, shapes, target)
         return path
 

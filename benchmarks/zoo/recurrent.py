@@ -1,7 +1,7 @@
 """Keeps recurrent layers whole, and their length symbolic, on the way from torch to ONNX.
 
-Torch 2.9 to 2.13 finds the shapes of a recurrent operator by running its decomposition, a Python loop over time steps,
-and so fixes the length to that of the example, in the program or, silently, in the shapes it hands to the ONNX
+Torch (seen in 2.13) finds the shapes of a recurrent operator by running its decomposition, a Python loop over time
+steps, and so fixes the length to that of the example: in the program or, silently, in the shapes it hands to the ONNX
 exporter. The exporter's own remedy for LSTM and GRU covers the first only, and only until a kernel is cached.
 ``nn.RNN`` has no remedy and no translation to ONNX; it is unrolled.
 """
@@ -9,7 +9,7 @@ exporter. The exporter's own remedy for LSTM and GRU covers the first only, and 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -107,7 +107,7 @@ def _translate_rnn(activation: str) -> Callable[..., Any]:
     return translate
 
 
-def _stack(values):  # type: ignore[no-untyped-def]
+def _stack(values: Sequence[Any]) -> Any:
     return op.Concat(*(op.Unsqueeze(value, [0]) for value in values), axis=0)
 
 
