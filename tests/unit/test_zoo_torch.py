@@ -220,12 +220,15 @@ def test_recurrent_layers_stay_whole_and_of_any_length(
         np.testing.assert_allclose(_run(path, {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:The tensor attributes")
 def test_symbolic_length_puts_everything_back() -> None:
     operators = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.rnn_tanh.input]
     kernels = [dict(operator.py_kernels) for operator in operators]
     table = dict(torch._decomp.decomposition_table)
+    dims = {"x": {1: torch.export.Dim("steps", min=1)}}
     with symbolic_length():
-        assert dict(torch.ops.aten.lstm.input.py_kernels) != kernels[0]
+        torch.export.export(Recurrent(torch.nn.LSTM).eval(), (torch.zeros(2, 7, 6),), dynamic_shapes=dims)
+        assert torch.ops.aten.lstm.input._dispatch_cache
     assert [dict(operator.py_kernels) for operator in operators] == kernels
     assert dict(torch._decomp.decomposition_table) == table
     assert not any(operator._dispatch_cache for operator in operators)
