@@ -149,7 +149,8 @@ def test_silero_files_run(name: str, tmp_path: pathlib.Path) -> None:
 
 def test_registry_needs_no_torch() -> None:
     program = "import sys; sys.modules['torch'] = None; import benchmarks.zoo as z; print(len(z.ZOO))"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == len(ZOO)
 
