@@ -64,5 +64,5 @@ def build_library(module: tvm.IRModule, profile: Profile) -> bytes:
             path = pathlib.Path(folder, "lib.so")
             executable.export_library(str(path))
             return path.read_bytes()
-    except (tvm.error.TVMError, RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error
