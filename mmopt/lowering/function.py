@@ -17,7 +17,7 @@ from mmopt.ir.module import FUSED_DOMAIN
 from mmopt.lowering.expand import standard_body
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.registry import OpNode, lowering_of
-from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, from_elements
+from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, from_elements, plain_view
 
 
 @dataclasses.dataclass
@@ -205,7 +205,7 @@ class FunctionLowering:
                 for var in variables(element):
                     self.symbols[str(var.name)] = var
             return outer
-        self.parent.realize([outer], "capture")
+        self.parent.dense(outer)
         self.captured.append(outer)
         inner = self.bind_argument(Source(outer.shape, outer.dtype, outer.name))
         return inner
@@ -239,7 +239,7 @@ class FunctionLowering:
         """Emit one kernel that stores all of ``values`` that are still computations."""
         for value in values:
             self._refresh(value)
-        tensors = list(dict.fromkeys(v.tensor for v in values if v.pending))
+        tensors = list(dict.fromkeys(v.blocked or v.tensor for v in values if v.pending))
         if not tensors:
             return
         handle, kernel = self.program.kernel(tensors, hint)
@@ -254,7 +254,39 @@ class FunctionLowering:
         for value in values:
             self._refresh(value)
 
+    def dense(self, value: Value) -> Source:
+        """``value`` in memory in its plain layout."""
+        self.realize([value], "operand")
+        if not isinstance(value.tensor, Source):
+            plain = Value(value.tensor)
+            self.realize([plain], "plain")
+            value.tensor = plain.tensor
+        assert isinstance(value.tensor, Source)
+        return value.tensor
+
+    def in_blocks(self, value: Value, lanes: int) -> Source:
+        """``value`` in memory as ``[N, C/lanes, *space, lanes]``; its channels must be a multiple of ``lanes``."""
+        self.realize([value], "operand")
+        if value.blocked is None:
+            plain = value.tensor
+            shape = (value.shape[0], simplify(tirx.floordiv(value.shape[1], index(lanes))), *value.shape[2:], index(lanes))
+
+            def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
+                return plain[(n, c * lanes + rest[-1], *rest[:-1])]
+
+            made = Value(Map(shape, value.dtype, body, "blocks"))
+            self.realize([made], "blocks")
+            value.blocked = made.tensor
+        assert isinstance(value.blocked, Source)
+        return value.blocked
+
     def _refresh(self, value: Value) -> None:
+        if value.blocked is not None:
+            if value.blocked in self._realized:
+                value.blocked = self._realized[value.blocked]
+                if not isinstance(value.tensor, Source):
+                    value.tensor = plain_view(value.blocked)
+            return
         if value.pending and value.tensor in self._realized:
             value.tensor = self._realized[value.tensor]
 
@@ -346,7 +378,7 @@ class FunctionLowering:
     def arguments_of(self, sub: Subfunction, given: Sequence[Expr]) -> list[Expr]:
         """Full argument list of a call to ``sub``: the given values, captures, sizes, weights."""
         sizes = [relax.ShapeExpr(list(self.symbols.values()))] if self.symbols else []
-        return [*given, *(self.var(self.tensor(c)) for c in sub.captured), *sizes, self._params_var]
+        return [*given, *(self.var(self.dense(c)) for c in sub.captured), *sizes, self._params_var]
 
 
 @dataclasses.dataclass

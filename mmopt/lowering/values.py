@@ -33,7 +33,7 @@ MAX_ELEMENTS = 128
 """Integer tensors up to this size are followed element by element at compile time."""
 
 
-class NotLowered(Exception):  # noqa: N818 - control flow between lowering and partitioning, never shown as an error
+class NotLowered(Exception):
     """This node cannot be lowered; the reason goes to the report."""
 
     def __init__(self, reason: str) -> None:
@@ -69,6 +69,7 @@ class Value:
         shape: Extents as int64 expressions.
         dtype: TVM dtype name.
         constant: The data when known at compile time.
+        blocked: The same data as ``[N, C/B, *space, B]``, where a convolution made it in that layout.
         elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
     """
 
@@ -84,6 +85,7 @@ class Value:
         self._tensor = tensor
         self.constant = constant
         self.name = name
+        self.blocked: Tensor | None = None
         self._elements = elements
         if tensor is not None:
             self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -96,6 +98,13 @@ class Value:
                 self.constant = np.array(data, dtype=dtype).reshape(elements.shape)
         else:
             raise ValueError("a value needs a tensor, a constant or elements")
+
+    @classmethod
+    def in_blocks(cls, blocked: Tensor, name: str = "value") -> Value:
+        """A value made as ``[N, C/B, *space, B]``; its plain form is a view."""
+        value = cls(plain_view(blocked), name=name)
+        value.blocked = blocked
+        return value
 
     @property
     def ndim(self) -> int:
@@ -115,6 +124,8 @@ class Value:
     @property
     def pending(self) -> bool:
         """Whether the value is a computation that no kernel has been emitted for."""
+        if self.blocked is not None:
+            return not isinstance(self.blocked, Source)
         return self._tensor is not None and not isinstance(self._tensor, Source) and self.constant is None
 
     @property
@@ -134,6 +145,16 @@ class Value:
             return ConstantSource(self.constant, self.name)
         assert self._elements is not None
         return _choice(self._elements, self.dtype)
+
+
+def plain_view(blocked: Tensor) -> Map:
+    """The ``[N, C, *space]`` view of a tensor ``[N, C/B, *space, B]``."""
+    lanes = blocked.shape[-1]
+
+    def body(n: Expr, c: Expr, *at: Expr) -> Expr:
+        return blocked[(n, tirx.floordiv(c, lanes), *at, tirx.floormod(c, lanes))]
+
+    return Map((blocked.shape[0], simplify(blocked.shape[1] * lanes), *blocked.shape[2:-1]), blocked.dtype, body, "plain")
 
 
 def _choice(elements: np.ndarray, dtype: str) -> Map:

@@ -56,12 +56,28 @@ def choose_tile(profile: Profile, dtype: str, rows: int | None, columns: int) ->
         columns: Columns to cover.
     """
     lanes = lanes_of(profile, dtype)
-    widest = 4 if profile.registers >= 32 else 2
-    vectors = max(1, min(widest, -(-columns // lanes)))
-    most = min((profile.registers - vectors - 1) // vectors, 16)
-    if rows:
-        most = -(-rows // -(-rows // most))
-    return Tile(most, vectors, lanes)
+    widest = min(4 if profile.registers >= 32 else 2, max(1, -(-columns // lanes)))
+    candidates = [_balanced(profile, rows, vectors, lanes) for vectors in range(1, widest + 1)]
+    return min(candidates, key=lambda tile: (_cycles(tile, rows or 12 * tile.rows, columns), -tile.columns))
+
+
+def _balanced(profile: Profile, rows: int | None, vectors: int, lanes: int) -> Tile:
+    most = max(1, min((profile.registers - vectors - 1) // vectors, 16))
+    return Tile(-(-rows // -(-rows // most)) if rows else most, vectors, lanes)
+
+
+def _cycles(tile: Tile, rows: int, columns: int) -> float:
+    """Cycles of one step of the depth over ``rows`` × ``columns``: two multiply-adds or two loads a cycle, latency four."""
+
+    def one(height: int, vectors: int) -> float:
+        return max(height * vectors / 2, (height + vectors) / 2, 4.0) if height and vectors else 0.0
+
+    full, rest = divmod(rows, tile.rows)
+    panels, last = divmod(-(-columns // tile.lanes), tile.vectors)
+    total = 0.0
+    for count, vectors in ((panels, tile.vectors), (1, last)):
+        total += count * (full * one(tile.rows, vectors) + one(rest, vectors))
+    return total
 
 
 @dataclasses.dataclass

@@ -1,0 +1,206 @@
+"""Convolutions: blocked templates for constant filters, a generic reduction for everything else."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from tvm import tirx
+from tvm.ir import Expr
+
+from mmopt.backends.compute import SUM, Map, Reduction, Source, Tensor, guarded, index
+from mmopt.backends.cpu.kernels.conv import Convolution, DepthwiseConvolution, Window, pack_filters
+from mmopt.backends.cpu.kernels.tile import choose_tile, lanes_of
+from mmopt.backends.cpu.loops import product, static
+from mmopt.backends.expressions import simplify
+from mmopt.lowering.registry import OpNode, lowers
+from mmopt.lowering.values import NotLowered, Value, plain_view, static_shape
+
+_TEMPLATE_DTYPES = ("float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Attributes of a convolution-like operator, with automatic padding resolved."""
+
+    window: Window
+    begin: tuple[Expr, ...]
+    end: tuple[Expr, ...]
+
+    @property
+    def padded(self) -> bool:
+        return any(static(p) != 0 for p in (*self.begin, *self.end))
+
+    def padded_extents(self, space: Sequence[Expr]) -> tuple[Expr, ...]:
+        return tuple(simplify(s + b + e) for s, b, e in zip(space, self.begin, self.end, strict=True))
+
+
+def geometry(node: OpNode, space: Sequence[Expr], kernel: tuple[int, ...]) -> Geometry:
+    """Strides, dilations and padding of ``node`` for an input of ``space``."""
+    rank = len(kernel)
+    strides = tuple(node.attr("strides") or [1] * rank)
+    dilations = tuple(node.attr("dilations") or [1] * rank)
+    window = Window(kernel, strides, dilations)
+    mode = node.attr("auto_pad", "NOTSET")
+    if mode in ("SAME_UPPER", "SAME_LOWER"):
+        totals = [_same_padding(s, k, st, d) for s, k, st, d in zip(space, kernel, strides, dilations, strict=True)]
+        small = [simplify(tirx.floordiv(t, index(2))) for t in totals]
+        large = [simplify(t - s) for t, s in zip(totals, small, strict=True)]
+        begin, end = (small, large) if mode == "SAME_UPPER" else (large, small)
+        return Geometry(window, tuple(begin), tuple(end))
+    pads = (node.attr("pads") or [0] * (2 * rank)) if mode == "NOTSET" else [0] * (2 * rank)
+    return Geometry(window, tuple(index(p) for p in pads[:rank]), tuple(index(p) for p in pads[rank:]))
+
+
+def _same_padding(extent: Expr, kernel: int, stride: int, dilation: int) -> Expr:
+    out = tirx.floordiv(extent + (stride - 1), index(stride))
+    return simplify(tirx.max((out - 1) * stride + (dilation * (kernel - 1) + 1) - extent, index(0)))
+
+
+@lowers("Conv")
+def conv(node: OpNode) -> Value:
+    """Convolution of any rank, grouped, strided, dilated."""
+    x, w, bias = node.input(0), node.input(1), node.optional(2)
+    kernel = static_shape(w.shape[2:], "kernel")
+    shape = geometry(node, x.shape[2:], kernel)
+    return convolve(node, x, w, bias, node.attr("group", 1), shape)
+
+
+def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
+    """Pick the template for a convolution."""
+    lanes = lanes_of(node.context.program.profile, x.dtype)
+    channels, depth = static(x.shape[1]), static(w.shape[1])
+    usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None and depth is not None
+    out = static(w.shape[0])
+    if not usable or out is None or 0 in static_or_one(w.shape) or 0 in static_or_one(x.shape):
+        return _generic(node, x, w, bias, groups, shape)
+    if groups == channels == out and out % lanes == 0:
+        return _depthwise(node, x, w, bias, shape, lanes)
+    each = out // groups
+    if groups > 1 and (each % lanes or (depth % lanes and depth * groups % lanes == 0)):
+        return _generic(node, x, w, bias, groups, shape)
+    return _direct(node, x, w, bias, groups, shape, lanes)
+
+
+def static_or_one(shape: Sequence[Expr]) -> list[int]:
+    """Extents as integers, symbolic ones as 1."""
+    return [1 if static(d) is None else static(d) or 0 for d in shape]
+
+
+def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry, lanes: int) -> Value:
+    context = node.context
+    assert w.constant is not None
+    out, depth = w.constant.shape[:2]
+    block = lanes if depth % lanes == 0 else 1
+    plain = block == 1
+    space = shape.padded_extents(x.shape[2:])
+    width = static(shape.window.output(space)[-1])
+    pointwise = not plain and shape.window == Window(*(tuple([1] * len(space)),) * 3)
+    rows = static(simplify(product(shape.window.output(space)))) if pointwise else width
+    tile = choose_tile(context.program.profile, x.dtype, rows, out // groups)
+    source = padded_input(node, x, shape, 0 if plain else lanes)
+    filters = context.program.packed(
+        w, ("filters", groups, block, tile.columns), lambda a: pack_filters(a, groups, block, tile.columns)
+    )
+    nest = Convolution(
+        source, filters, channels=out, groups=groups, block=block, window=shape.window, tile=tile, plain=plain, flat=pointwise
+    )
+    return _finish(node, nest.output, bias, out, lanes)
+
+
+def _depthwise(node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geometry, lanes: int) -> Value:
+    assert w.constant is not None
+    channels = w.constant.shape[0]
+    source = padded_input(node, x, shape, lanes)
+
+    def pack(weight: np.ndarray) -> np.ndarray:
+        split = weight.reshape(channels // lanes, lanes, *weight.shape[2:])
+        return np.moveaxis(split, 1, -1)
+
+    filters = node.context.program.packed(w, ("depthwise", lanes), pack)
+    nest = DepthwiseConvolution(source, filters, window=shape.window, rows=8)
+    return _finish(node, nest.output, bias, channels, lanes)
+
+
+def _finish(node: OpNode, result: Tensor, bias: Value | None, channels: int, lanes: int) -> Value:
+    """Add the bias to a blocked result and describe it as a value."""
+    final = result
+    if bias is not None:
+        addend = bias.tensor
+
+        def body(*at: Expr) -> Expr:
+            channel = at[1] * lanes + at[-1]
+            return result[at] + addend[channel if channels % lanes == 0 else tirx.min(channel, index(channels - 1))]
+
+        final = Map(result.shape, result.dtype, body, "bias")
+    if channels % lanes == 0:
+        return Value.in_blocks(final, node.name)
+    view = plain_view(final)
+    shape = (final.shape[0], index(channels), *final.shape[2:-1])
+    return Value(Map(shape, final.dtype, view.body, "plain"), name=node.name)
+
+
+def padded_input(node: OpNode, x: Value, shape: Geometry, lanes: int, fill: float = 0.0) -> Tensor:
+    """``x`` in memory with its padding, in blocks of ``lanes`` channels (plain when 0)."""
+    context = node.context
+    if lanes and not shape.padded:
+        return context.in_blocks(x, lanes)
+    if not lanes and not shape.padded:
+        return context.dense(x)
+    context.realize([x], "operand")
+    origin = x.blocked if lanes and x.blocked is not None else context.tensor(x)
+    space = shape.padded_extents(x.shape[2:])
+    zero = tirx.const(fill, x.dtype)
+    ready = lanes and x.blocked is not None
+
+    def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
+        at = rest[: len(space)]
+        inside = [p - b for p, b in zip(at, shape.begin, strict=True)]
+        legal = tirx.all(*(tirx.all(p >= 0, p < s) for p, s in zip(inside, x.shape[2:], strict=True)))
+        if ready:
+            return guarded(legal, lambda: origin[(n, c, *inside, rest[-1])], zero)
+        channel = c * lanes + rest[-1] if lanes else c
+        return guarded(legal, lambda: origin[(n, channel, *inside)], zero)
+
+    channels = (index((static(x.shape[1]) or 0) // lanes),) if lanes else (x.shape[1],)
+    extents = (x.shape[0], *channels, *space, *((index(lanes),) if lanes else ()))
+    value = Value(Map(extents, x.dtype, body, "pad"))
+    context.realize([value], "pad")
+    assert isinstance(value.tensor, Source)
+    return value.tensor
+
+
+def _generic(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
+    """Any dtype, any filter: a plain reduction with guarded reads."""
+    context = node.context
+    data, filters = context.tensor(x), context.tensor(w)
+    depth, out = w.shape[1], w.shape[0]
+    space = shape.window.output(shape.padded_extents(x.shape[2:]))
+    wide = "float32" if x.dtype in ("float16", "bfloat16") else x.dtype
+    if "float" not in x.dtype:
+        raise NotLowered(f"convolution of {x.dtype}")
+    zero = tirx.const(0, wide)
+    rank = len(space)
+
+    def body(n: Expr, o: Expr, *rest: Expr) -> Expr:
+        at, c, tap = rest[:rank], rest[rank], rest[rank + 1 :]
+        inside = [p - b for p, b in zip(shape.window.position(at, tap), shape.begin, strict=True)]
+        group = tirx.floordiv(o, simplify(tirx.floordiv(out, index(groups))))
+        where = (n, group * depth + c, *inside)
+        weight = filters[(o, c, *tap)].astype(wide)
+        if not shape.padded:
+            return data[where].astype(wide) * weight
+        legal = tirx.all(*(tirx.all(p >= 0, p < s) for p, s in zip(inside, x.shape[2:], strict=True)))
+        return guarded(legal, lambda: data[where].astype(wide), zero) * weight
+
+    total = Reduction((x.shape[0], out, *space), (depth, *w.shape[2:]), (wide,), body, SUM, name="conv")
+    if bias is None and wide == x.dtype:
+        return Value(total, name=node.name)
+    addend = None if bias is None else bias.tensor
+
+    def finish(*at: Expr) -> Expr:
+        value = total[at] if addend is None else total[at] + addend[at[1]].astype(wide)
+        return value.astype(x.dtype)
+
+    return Value(Map(total.shape, x.dtype, finish, "bias"), name=node.name)
