@@ -13,7 +13,7 @@ calls of local functions are followed. Cost: one visit a node, no weights are re
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -103,31 +103,49 @@ def infer_shapes(model: ir.Model) -> ShapeFacts:
     return inference.facts
 
 
-def annotate(model: ir.Model, facts: ShapeFacts) -> bool:
-    """Write ``facts`` onto the values of ``model``. Inputs and outputs of the main graph are its contract and stay.
+def annotate(
+    model: ir.Model, facts: ShapeFacts, on_conflict: Callable[[ir.Value, ir.Shape], None] | None = None
+) -> bool:
+    """Write ``facts`` onto the values inside ``model``. Inputs and outputs of the main graph are its contract and stay.
+
+    Args:
+        model: The model the facts are about.
+        facts: Result of :func:`infer_shapes`.
+        on_conflict: Called with a value and its inferred shape before an annotation that contradicts it is replaced.
 
     Returns:
         Whether any annotation changed.
     """
     changed = False
-    kept = {*model.graph.inputs, *(value for value in model.graph.outputs if value.shape is not None)}
+    kept = {*model.graph.inputs, *model.graph.outputs}
     for graph in model.graphs():
-        values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
+        values = [*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs if o.name)]
         for value in values:
             if value not in kept:
-                changed |= _annotate_value(value, facts.fact(value))
+                changed |= _annotate_value(value, facts.fact(value), on_conflict)
     return changed
 
 
-def _annotate_value(value: ir.Value, fact: Fact) -> bool:
+def _annotate_value(value: ir.Value, fact: Fact, on_conflict: Callable[[ir.Value, ir.Shape], None] | None) -> bool:
     changed = False
     if fact.type is not None and value.type != fact.type:
         value.type, changed = fact.type, True
     if fact.shape is not None:
         shape = to_ir_shape(fact.shape)
         if value.shape != shape:
+            if on_conflict is not None and _contradicts(value.shape, fact.shape):
+                on_conflict(value, shape)
             value.shape, changed = shape, True
     return changed
+
+
+def _contradicts(annotation: ir.Shape | None, inferred: tuple[Size | None, ...]) -> bool:
+    """Whether an annotation says something false: another rank, another number, or a number for what varies."""
+    if annotation is None:
+        return False
+    if len(annotation) != len(inferred):
+        return True
+    return any(isinstance(a, int) and a != b for a, b in zip(annotation, inferred, strict=True))
 
 
 def declared_fact(value: ir.Value) -> Fact:
