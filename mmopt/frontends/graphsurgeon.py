@@ -284,7 +284,7 @@ class _Builder:
         initializers += _carried_over(origin, inputs, scope)
         if origin is not None:
             rank = {name: index for index, name in enumerate(origin.initializers)}
-            initializers.sort(key=lambda value: rank.get(value.name, len(rank)))
+            initializers.sort(key=lambda value: rank.get(str(value.name), len(rank)))
         return ir.Graph(
             inputs,
             outputs,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import tempfile
@@ -106,6 +107,9 @@ def _from_before_opset_7(proto: onnx.ModelProto, remarks: list[str]) -> onnx.Mod
     old = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
     if not old or old[0] >= _OLDEST_OPSET:
         return proto
+    if _has_channel_prelu(proto):
+        remarks.append(f"PRelu broadcast another way before opset 7; the model stays at opset {old[0]}")
+        return proto
     try:
         converted = onnx.version_converter.convert_version(proto, _OLDEST_OPSET)
     except Exception as error:  # the C++ converter raises several types, RuntimeError among them
@@ -113,6 +117,12 @@ def _from_before_opset_7(proto: onnx.ModelProto, remarks: list[str]) -> onnx.Mod
         return proto
     converted.ir_version = proto.ir_version
     return converted
+
+
+def _has_channel_prelu(proto: onnx.ModelProto) -> bool:
+    """Whether a slope of PRelu is not a single number; onnx's converter leaves its shape, which then means another."""
+    single = {tensor.name for tensor in proto.graph.initializer if math.prod(tensor.dims) == 1}
+    return any(node.op_type == "PRelu" and node.input[1] not in single for node in proto.graph.node)
 
 
 def _deserialize(proto: onnx.ModelProto, where: str) -> ir.Model:
