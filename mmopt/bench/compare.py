@@ -2,7 +2,7 @@
 
 Each metric gets a verdict. A change counts when it exceeds both what the user allows (``fail_over``) and the noise
 band: how far the figure would move if the same thing were measured twice. The band comes from resampling the rounds of
-both sides (see :func:`mmopt.bench.stats.noise_band`). For two files it is widened by what unchanged peers moved between
+both sides (see :func:`mmopt.bench.stats.change`). For two files it is widened by what unchanged peers moved between
 the two runs, since the machine may have been slower that day.
 """
 
@@ -40,6 +40,8 @@ class Verdict:
         unit: ``s``, ``1/s`` or ``bytes``.
         base: The older figure, None when there is none.
         new: The newer figure, likewise.
+        change: How much the newer one is above the older, as a fraction. In one run it is the median over rounds,
+            and differs a little from what ``base`` and ``new`` give.
         band: The noise band, as a fraction; None when the metric was not judged.
         outcome: The verdict.
         reason: Why it could not be compared, or what limits the verdict.
@@ -50,19 +52,15 @@ class Verdict:
     unit: str
     base: float | None
     new: float | None
+    change: float | None
     band: float | None
     outcome: Outcome
     reason: str = ""
 
-    @property
-    def change(self) -> float | None:
-        """``new / base - 1``."""
-        return self.new / self.base - 1 if self.base and self.new is not None else None
-
     def to_json(self) -> dict[str, Any]:
         """The form a file holds."""
         band = self.band if self.band is not None and math.isfinite(self.band) else None
-        return {**dataclasses.asdict(self), "band": band, "outcome": self.outcome.value, "change": self.change}
+        return {**dataclasses.asdict(self), "band": band, "outcome": self.outcome.value}
 
 
 @dataclasses.dataclass
@@ -175,7 +173,7 @@ def compare_reports(base: Report, new: Report, fail_over: float = FAIL_OVER) -> 
     pairs, alone = _pairs(base, new)
     for name, side in alone:
         reason = f"only in {side}"
-        comparison.verdicts.append(Verdict(name, "p50", "s", None, None, None, Outcome.NOT_COMPARABLE, reason))
+        comparison.verdicts.append(_not_comparable(name, "p50", "s", None, None, reason))
     isolation = "" if base.settings.get("isolate") == new.settings.get("isolate") else "one of the runs was isolated"
     for old, young in pairs:
         judge = _Judge(fail_over, drift=drift, refusal=refusal, timed_refusal=isolation)
@@ -212,14 +210,15 @@ class _Judge:
         before, after = (metric.statistic(rounds) if rounds else None for rounds in (old, young))
         refusal = refusal or _too_little(metric, old, young)
         if refusal or before is None or after is None:
-            return Verdict(pair, metric.name, metric.unit, before, after, None, Outcome.NOT_COMPARABLE, refusal)
-        band = stats.noise_band(old, young, metric.statistic, paired=self.paired and metric.timed)
+            return _not_comparable(pair, metric.name, metric.unit, before, after, refusal)
+        found = stats.change(old, young, metric.statistic, paired=self.paired and metric.timed)
         if metric.unit != "bytes":
-            band = (1 + band) * (1 + self.drift) - 1
-        return self._verdict(pair, metric, before, after, band)
+            found = dataclasses.replace(found, band=(1 + found.band) * (1 + self.drift) - 1)
+        return self._verdict(pair, metric, before, after, found)
 
-    def _verdict(self, pair: str, metric: Metric, base: float, new: float, band: float) -> Verdict:
-        worsening = base / new if metric.higher_is_better else new / base
+    def _verdict(self, pair: str, metric: Metric, base: float, new: float, found: stats.Change) -> Verdict:
+        band = found.band
+        worsening = 1 / found.ratio if metric.higher_is_better else found.ratio
         limit = 1 + max(self.fail_over, band)
         reason = ""
         outcome = Outcome.SAME
@@ -228,14 +227,20 @@ class _Judge:
         elif worsening < 1 / limit:
             outcome = Outcome.IMPROVED
         elif band > self.fail_over:
-            reason = f"noise of ±{band:.1%} hides smaller changes; give it more rounds or time"
-        return Verdict(pair, metric.name, metric.unit, base, new, band, outcome, reason)
+            reason = "the noise is wider than the change allowed; more rounds or time make it narrower"
+        return Verdict(pair, metric.name, metric.unit, base, new, found.ratio - 1, band, outcome, reason)
 
     def _size(self, pair: str, base: Result, new: Result) -> Verdict:
         metric = Metric("size on disk", "bytes", _percentile(50), lambda r: [[r.size_bytes]], timed=False)
         if not base.size_bytes or not new.size_bytes:
-            return Verdict(pair, metric.name, "bytes", None, None, None, Outcome.NOT_COMPARABLE, "size is not known")
-        return self._verdict(pair, metric, base.size_bytes, new.size_bytes, 0.0)
+            return _not_comparable(pair, metric.name, metric.unit, None, None, "size is not known")
+        found = stats.Change(new.size_bytes / base.size_bytes, 0.0)
+        return self._verdict(pair, metric, base.size_bytes, new.size_bytes, found)
+
+
+def _not_comparable(pair: str, metric: str, unit: str, base: float | None, new: float | None, reason: str) -> Verdict:
+    change = new / base - 1 if base and new is not None else None
+    return Verdict(pair, metric, unit, base, new, change, None, Outcome.NOT_COMPARABLE, reason)
 
 
 def _towers(base: Result, new: Result) -> Iterator[Metric]:
@@ -257,7 +262,7 @@ def _too_little(metric: Metric, base: stats.Rounds, new: stats.Rounds) -> str:
 def _wrong_answers(base: Result, new: Result) -> str:
     for result in (base, new):
         if result.agreement is not None and not result.agreement.ok:
-            return f"the answers of {result.label} are wrong: {result.agreement.detail}"
+            return f"the answers of {result.label} are wrong"
     return ""
 
 

@@ -67,9 +67,9 @@ def peak_memory() -> int:
 def describe(machine: dict[str, Any]) -> str:
     """One line for the head of a table."""
     listed = ", ".join(f"{name} {version}" for name, version in machine.get("versions", {}).items())
-    memory = machine["memory_bytes"] / 2**30
+    memory = machine["memory_bytes"] / 1e9
     return (
-        f"{machine['cpu']}, {machine['cores']} cores, governor {machine['governor']}, {memory:.0f} GiB, "
+        f"{machine['cpu']}, {machine['cores']} cores, governor {machine['governor']}, {memory:.0f} GB, "
         f"{machine['system']}, Python {machine['python']}; {listed}"
     )
 

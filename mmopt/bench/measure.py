@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
-
-from mmopt.bench.peers import Contender
+from mmopt.bench.peers import Contender, Values
 
 PAUSE = 0.05
 """Seconds of rest before each turn; no runtime seen so far spins longer."""
@@ -58,7 +56,7 @@ class LocalRacer:
     """A loaded contender of this process and the inputs it runs on."""
 
     contender: Contender
-    inputs: Mapping[str, np.ndarray]
+    inputs: Values
 
     @property
     def name(self) -> str:
@@ -103,7 +101,7 @@ def take_turns(
     plan: Plan,
     *,
     sleep: Callable[[float], None] = time.sleep,
-    progress: Callable[[str, int], None] = lambda name, round_index: None,
+    progress: Callable[[int], None] = lambda round_index: None,
 ) -> dict[str, list[list[float]]]:
     """Measure all racers, interleaved.
 
@@ -111,16 +109,16 @@ def take_turns(
         racers: Who takes part, each ready to run, with different names.
         plan: Rounds, time budget and pause.
         sleep: What pauses.
-        progress: Called before each turn with the name and the round.
+        progress: Called before each round with its number, from 0.
 
     Returns:
         For each name its rounds: times of single runs in seconds.
     """
     rounds: dict[str, list[list[float]]] = {racer.name: [] for racer in racers}
     for index in range(plan.rounds):
+        progress(index)
         for position in turn_order(len(racers), index):
             racer = racers[position]
-            progress(racer.name, index)
             sleep(plan.pause)
             rounds[racer.name].append(racer.turn(plan.turn_seconds))
     return rounds

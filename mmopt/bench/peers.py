@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import importlib.metadata
 import importlib.util
+import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
-import numpy as np
-
 from mmopt.errors import LoadError, UserError, did_you_mean
 
-Arrays = Mapping[str, np.ndarray]
+Values = Mapping[str, Any]
+"""An array (a list of arrays for a sequence) by name."""
 
 
 class Contender(Protocol):
@@ -33,7 +35,7 @@ class Contender(Protocol):
     def load(self) -> None:
         """Get ready to run: import the runtime, read the model, compile what has to be compiled."""
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Values) -> dict[str, Any]:
         """One inference."""
 
     def unload(self) -> None:
@@ -75,10 +77,10 @@ class ArtifactContender:
     def load(self) -> None:
         from mmopt.runtime import load_artifact
 
-        self.version = importlib.import_module("importlib.metadata").version("mmopt")
+        self.version = importlib.metadata.version("mmopt")
         self._session = load_artifact(pathlib.Path(self._spec.source), threads=self._spec.threads)
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Values) -> dict[str, Any]:
         return dict(self._session.run(dict(inputs)))
 
     def unload(self) -> None:
@@ -119,7 +121,7 @@ class OnnxRuntimeContender:
         self._session = onnxruntime.InferenceSession(self._spec.source, options, providers=["CPUExecutionProvider"])
         self._outputs = [value.name for value in self._session.get_outputs()]
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Values) -> dict[str, Any]:
         return dict(zip(self._outputs, self._session.run(None, dict(inputs)), strict=True))
 
     def unload(self) -> None:
@@ -153,7 +155,7 @@ class OpenVinoContender:
         self._outputs = [port.any_name for port in compiled.outputs]
         self._request = compiled.create_infer_request()
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Values) -> dict[str, Any]:
         results = self._request.infer(dict(inputs), share_inputs=True)
         return dict(zip(self._outputs, results.values(), strict=True))
 
@@ -183,7 +185,7 @@ class TorchContender:
         module, self._names = _torch_program(self._spec.source)
         self._call = torch.compile(module) if self._spec.kind == "torch.compile" else module
 
-    def run(self, inputs: Arrays) -> dict[str, np.ndarray]:
+    def run(self, inputs: Values) -> dict[str, Any]:
         import torch
 
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
@@ -206,6 +208,8 @@ def _torch_program(source: str) -> tuple[Any, list[str]]:
         program = torch.export.load(source)
         return program.module(), list(program.graph_signature.user_inputs)
     place, _, function = source.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
     try:
         made = getattr(importlib.import_module(place), function)()
     except (ImportError, AttributeError) as error:

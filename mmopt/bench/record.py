@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from mmopt.bench.answers import Agreement
@@ -118,14 +118,6 @@ class Report:
             "ratios": {label: dataclasses.asdict(ratio) for label, ratio in self.ratios().items()},
             "left_out": self.left_out,
         }
-
-
-def write_json(path: pathlib.Path, data: Mapping[str, Any]) -> None:
-    """Write ``data`` beside ``path`` and rename it, so that a killed run leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
 
 
 def read_report(path: pathlib.Path) -> Report:

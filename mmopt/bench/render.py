@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
+from rich.markup import escape
 from rich.table import Table
 
 from mmopt.bench import machine
@@ -15,7 +17,7 @@ from mmopt.bench.stats import Interval
 
 MARKS = {
     Outcome.IMPROVED: "green",
-    Outcome.SAME: "default",
+    Outcome.SAME: "",
     Outcome.REGRESSED: "bold red",
     Outcome.NOT_COMPARABLE: "dim",
 }
@@ -39,11 +41,11 @@ class Sheet:
 
     def rich(self) -> Table:
         """For a terminal."""
-        table = Table(title=self.title, title_justify="left")
+        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for i, row in enumerate(self.rows):
-            table.add_row(*row, style=self.styles[i] if self.styles else None)
+            table.add_row(*map(escape, row), style=self.styles[i] if self.styles else None)
         return table
 
     def markdown(self) -> str:
@@ -57,30 +59,24 @@ class Sheet:
 
 
 def report_sheets(report: Report) -> list[Sheet]:
-    """The contenders, and the towers of artifacts when there are any."""
+    """Latency, resources, and the towers of artifacts when there are any."""
     ratios = report.ratios()
     first = report.results[0].label
-    columns = (
-        "contender",
-        "p50",
-        "p90",
-        "p99",
-        "runs/s",
-        f"time / {first}",
-        "first answer",
-        "peak memory",
-        "size",
-        "answers",
-    )
-    rows = [_result_row(result, ratios.get(result.label)) for result in report.results]
     settings = report.settings
-    title = f"{settings['threads']} threads, {settings['rounds']} rounds in turn, inputs {settings['inputs_from']}"
-    styles = ["bold red" if result in report.disagreements else "default" for result in report.results]
-    sheets = [Sheet(title, columns, rows, styles)]
-    towers = [(r, name) for r in report.results for name in r.towers]
+    title = (
+        f"latency of one inference: {settings['threads']} threads, {settings['rounds']} rounds in turn, "
+        f"inputs {settings['inputs_from']}"
+    )
+    styles = ["bold red" if result in report.disagreements else "" for result in report.results]
+    latency = [_latency_row(result, ratios.get(result.label)) for result in report.results]
+    resources = [_resources_row(result) for result in report.results]
+    sheets = [
+        Sheet(title, ("contender", "p50", "p90", "p99", "runs/s", f"time / {first}"), latency, styles),
+        Sheet("resources", ("contender", "first answer", "peak memory", "size", "answers"), resources, styles),
+    ]
+    towers = [_tower_row(result, name) for result in report.results for name in result.towers]
     if towers:
-        rows = [_tower_row(result, name) for result, name in towers]
-        sheets.append(Sheet("entry points alone", ("entry point", "p50", "of whole model"), rows))
+        sheets.append(Sheet("entry points alone", ("entry point", "p50", "of main"), towers))
     return sheets
 
 
@@ -114,14 +110,23 @@ def speed(ratio: Interval) -> str:
 
 def comparison_sheet(comparison: Comparison) -> Sheet:
     """One row for each metric."""
-    columns = ("pair", "metric", "base", "new", "change", "noise", "verdict", "why")
+    columns = ("pair", "metric", "base", "new", "change", "noise", "verdict")
     rows = [_verdict_row(verdict) for verdict in comparison.verdicts]
     title = f"verdicts: a change counts above {comparison.fail_over:.3g} of the base and above the noise"
     return Sheet(title, columns, rows, [MARKS[verdict.outcome] for verdict in comparison.verdicts])
 
 
-def comparison_line(comparison: Comparison) -> str:
-    """How many of each verdict."""
+def comparison_lines(comparison: Comparison) -> list[str]:
+    """Notes, reasons (each once, with the metrics it holds for), and how many of each verdict."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for verdict in comparison.verdicts:
+        if verdict.reason:
+            reasons.setdefault((verdict.pair, verdict.reason), []).append(verdict.metric)
+    why = [f"{pair}, {', '.join(metrics)}: {reason}" for (pair, reason), metrics in reasons.items()]
+    return [*why, *comparison.notes, _counts(comparison)]
+
+
+def _counts(comparison: Comparison) -> str:
     counts = {outcome: sum(v.outcome is outcome for v in comparison.verdicts) for outcome in Outcome}
     return ", ".join(f"{count} {outcome.value}" for outcome, count in counts.items() if count) or "nothing compared"
 
@@ -148,23 +153,30 @@ def quantity(value: float | None, unit: str) -> str:
     if value is None:
         return "–"
     if unit == "bytes":
-        for scale, prefix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        for scale, prefix in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
             if value >= scale:
                 return f"{value / scale:.1f} {prefix}"
         return f"{value:.0f} B"
     if unit == "1/s":
-        return f"{value:.4g}/s"
+        return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     scaled, suffix = (value, "s") if value >= 1 else (value * 1e3, "ms") if value >= 1e-3 else (value * 1e6, "µs")
     return f"{scaled:.3g} {suffix}" if scaled < 100 else f"{scaled:.0f} {suffix}"
 
 
-def _result_row(result: Result, ratio: Interval | None) -> list[str]:
+def _latency_row(result: Result, ratio: Interval | None) -> list[str]:
     figures = result.summary()
     return [
-        f"{result.label} {result.version}" if result.kind != "mmopt" else result.label,
+        result.label,
         *(quantity(figures[f"p{q}_ms"] / 1e3, "s") for q in (50, 90, 99)),
-        f"{figures['throughput_per_s']:.4g}",
+        quantity(figures["throughput_per_s"], "1/s"),
         f"{ratio.value:.2f} ({ratio.low:.2f}–{ratio.high:.2f})" if ratio else "1",
+    ]
+
+
+def _resources_row(result: Result) -> list[str]:
+    figures = result.summary()
+    return [
+        result.label,
         quantity(figures.get("first_answer_s"), "s"),
         quantity(figures.get("peak_bytes"), "bytes"),
         quantity(result.size_bytes or None, "bytes"),
@@ -175,7 +187,7 @@ def _result_row(result: Result, ratio: Interval | None) -> list[str]:
 def _answers(result: Result) -> str:
     if result.agreement is None:
         return "reference"
-    return f"within {result.agreement.error:.1e}" if result.agreement.ok else f"WRONG: {result.agreement.detail}"
+    return f"within {result.agreement.error:.1e}" if result.agreement.ok else "WRONG"
 
 
 def _tower_row(result: Result, name: str) -> list[str]:
@@ -188,7 +200,7 @@ def _who(peer: Result) -> str:
     if peer.kind == "mmopt":
         return peer.label
     precision = f" {peer.precision}" if peer.kind == "openvino" else ""
-    return f"{peer.label} {peer.version}{precision} on {peer.source}"
+    return f"{peer.label} {peer.version}{precision} on {pathlib.PurePath(peer.source).name}"
 
 
 def _verdict_row(verdict: Verdict) -> list[str]:
@@ -198,10 +210,15 @@ def _verdict_row(verdict: Verdict) -> list[str]:
         quantity(verdict.base, verdict.unit),
         quantity(verdict.new, verdict.unit),
         "–" if verdict.change is None else f"{verdict.change:+.1%}",
-        "–" if verdict.band is None else f"±{verdict.band:.1%}",
+        _noise(verdict.band),
         verdict.outcome.value,
-        verdict.reason,
     ]
+
+
+def _noise(band: float | None) -> str:
+    if band is None:
+        return "–"
+    return f"±{band:.1%}" if band < 1 else "> 100%"
 
 
 def _verdict_case(root: ET.Element, verdict: Verdict) -> None:

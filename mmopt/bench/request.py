@@ -7,10 +7,46 @@ import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 
 from mmopt.bench.peers import PEERS, Spec, peer_specs
-from mmopt.errors import LoadError, UserError
+from mmopt.errors import LoadError, UserError, did_you_mean
+from mmopt.runnable import OPTIMIZED
 from mmopt.runtime.store import Store
 
-OPTIMIZED = "optimized.onnx"
+PRECISIONS = ("fp32", "bf16", "fp16")
+
+
+def contenders(
+    artifacts: Sequence[str],
+    store: Store,
+    *,
+    against: str | None,
+    models: Iterable[str],
+    threads: int,
+    precision: str,
+    trust_code: bool,
+) -> tuple[list[Spec], dict[str, str]]:
+    """Who takes part, as the options of ``mmopt bench`` say.
+
+    Args:
+        artifacts: Paths of artifacts.
+        store: The first of them. It must stay open while peers run: a zip's files are extracted for its lifetime.
+        against: Names of peers with commas, ``none``, or None for all that have something to run.
+        models: What peers run instead of the artifact's own ``optimized.onnx``.
+        threads: Threads each may use.
+        precision: What OpenVINO computes in.
+        trust_code: Whether ``module:function`` may be called and a ``.pt2`` file read, which can hold code.
+
+    Returns:
+        The artifacts, then the peers; and the reason for each peer left out.
+
+    Raises:
+        UserError: An option makes no sense.
+        LoadError: A model is not there.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"no precision {precision!r}", where="--precision", hint=did_you_mean(precision, PRECISIONS))
+    sources = model_sources(models, store, trust_code=trust_code)
+    others, left_out = peers(against, sources, threads, precision)
+    return [*artifact_specs(artifacts, threads), *others], left_out
 
 
 def artifact_specs(artifacts: Sequence[str], threads: int) -> list[Spec]:
@@ -30,11 +66,6 @@ def artifact_specs(artifacts: Sequence[str], threads: int) -> list[Spec]:
 def model_sources(models: Iterable[str], store: Store, *, trust_code: bool) -> dict[str, str]:
     """What peers run: the models given, else the artifact's own ``optimized.onnx``.
 
-    Args:
-        models: ``.onnx`` and ``.pt2`` files, or ``module:function``.
-        store: The first artifact. It must stay open while peers run: a zip's file is extracted for its lifetime.
-        trust_code: Whether ``module:function`` may be called.
-
     Raises:
         UserError: Something else is given, two of one kind, or code that is not trusted.
         LoadError: A file is not there.
@@ -44,11 +75,10 @@ def model_sources(models: Iterable[str], store: Store, *, trust_code: bool) -> d
         family = _family(model)
         if family in sources:
             raise UserError(f"two models of one kind: {sources[family]}, {model}", where="--model")
-        if model.endswith((".onnx", ".pt2")):
-            if not pathlib.Path(model).is_file():
-                raise LoadError("no such file", where=model, hint="check the path")
-        elif not trust_code:
-            raise UserError("this would run the code of the model", where=model, hint="say so with --trust-code")
+        if model.endswith((".onnx", ".pt2")) and not pathlib.Path(model).is_file():
+            raise LoadError("no such file", where=model, hint="check the path")
+        if family == "torch" and not trust_code:
+            raise UserError("this can run code of the model", where=model, hint="allow it with --trust-code")
         sources[family] = model
     if "onnx" not in sources and OPTIMIZED in store.manifest.files:
         sources["onnx"] = str(store.file(OPTIMIZED))

@@ -9,10 +9,10 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mmopt.bench import machine
+from mmopt.bench import arrays, machine
 from mmopt.bench.answers import TOLERANCE, compare_answers
 from mmopt.bench.measure import LocalRacer, Plan, Racer, take_turns
-from mmopt.bench.peers import Arrays, Spec, files_of, open_contender
+from mmopt.bench.peers import Spec, Values, files_of, open_contender
 from mmopt.bench.record import Report, Result, Start
 from mmopt.bench.towers import tower_racers
 from mmopt.bench.worker import Worker
@@ -21,8 +21,8 @@ from mmopt.errors import BackendError, MmoptError
 START_SECONDS = 20.0
 """A contender whose starts have taken this long together is not started again."""
 
-Progress = Callable[[str], None]
-"""Told what is about to happen, once for each start and each turn."""
+Progress = Callable[[str, int, int, str], None]
+"""Told before each step: what kind it is (``start``, ``round``, …), its number from 0, how many, and who is at it."""
 Entrant = tuple[Racer, Mapping[str, Racer]]
 """A contender that is ready, and its towers by entry point."""
 
@@ -48,12 +48,12 @@ class Options:
 
 def benchmark(
     specs: Sequence[Spec],
-    inputs: Arrays,
+    inputs: Values,
     options: Options,
     *,
     left_out: dict[str, str] | None = None,
     inputs_from: str = "given",
-    progress: Progress = lambda message: None,
+    progress: Progress = lambda kind, index, count, name: None,
 ) -> Report:
     """Measure all contenders on the same inputs.
 
@@ -87,13 +87,14 @@ def benchmark(
 
 
 def _start_all(
-    specs: Sequence[Spec], inputs: Arrays, options: Options, left_out: dict[str, str], progress: Progress
+    specs: Sequence[Spec], inputs: Values, options: Options, left_out: dict[str, str], progress: Progress
 ) -> dict[str, Result]:
     """First answers, load times and memory, each from fresh processes, in turns too."""
     results: dict[str, Result] = {}
-    reference: tuple[str, Arrays] | None = None
-    for spec in specs:
-        progress(f"starting {spec.label}")
+    reference: tuple[str, Values] | None = None
+    count = len(specs) * options.starts
+    for index, spec in enumerate(specs):
+        progress("start", index, count, spec.label)
         started = _start_one(spec, inputs, options, left_out)
         if started is None:
             continue
@@ -105,9 +106,10 @@ def _start_all(
         results[spec.label] = result
     if not results:
         raise BackendError("no contender could be started", hint="; ".join(f"{k}: {v}" for k, v in left_out.items()))
-    for _ in range(options.starts - 1):
-        for spec in [s for s in specs if s.label in results and _time_left(results[s.label])]:
-            progress(f"starting {spec.label} again")
+    for index in range(len(specs), count):
+        spec = specs[index % len(specs)]
+        if spec.label in results and _time_left(results[spec.label]):
+            progress("start", index, count, spec.label)
             started = _start_one(spec, inputs, options, left_out)
             if started is None:
                 del results[spec.label]
@@ -117,8 +119,8 @@ def _start_all(
 
 
 def _start_one(
-    spec: Spec, inputs: Arrays, options: Options, left_out: dict[str, str]
-) -> tuple[dict[str, Any], Arrays] | None:
+    spec: Spec, inputs: Values, options: Options, left_out: dict[str, str]
+) -> tuple[dict[str, Any], Values] | None:
     """What a fresh process said of its start, and its answer; None when a peer fails, which is then left out."""
     try:
         with Worker(spec, inputs, options.timeout) as worker:
@@ -162,7 +164,7 @@ def _digest(files: Sequence[pathlib.Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _together(specs: Sequence[Spec], inputs: Arrays, stack: contextlib.ExitStack) -> list[Entrant]:
+def _together(specs: Sequence[Spec], inputs: Values, stack: contextlib.ExitStack) -> list[Entrant]:
     racers: list[Entrant] = []
     for spec in specs:
         contender = open_contender(spec)
@@ -172,7 +174,7 @@ def _together(specs: Sequence[Spec], inputs: Arrays, stack: contextlib.ExitStack
     return racers
 
 
-def _isolated(specs: Sequence[Spec], inputs: Arrays, options: Options, stack: contextlib.ExitStack) -> list[Entrant]:
+def _isolated(specs: Sequence[Spec], inputs: Values, options: Options, stack: contextlib.ExitStack) -> list[Entrant]:
     racers: list[Entrant] = []
     for spec in specs:
         worker = stack.enter_context(Worker(spec, inputs, options.timeout))
@@ -181,25 +183,21 @@ def _isolated(specs: Sequence[Spec], inputs: Arrays, options: Options, stack: co
 
 
 def _race(results: dict[str, Result], racers: Sequence[Entrant], plan: Plan, progress: Progress) -> None:
-    def tell(name: str, index: int) -> None:
-        progress(f"round {index + 1} of {plan.rounds}: {name}")
+    def tell(kind: str) -> Callable[[int], None]:
+        return lambda index: progress(kind, index, plan.rounds, "")
 
-    timed = take_turns([racer for racer, _ in racers], plan, progress=tell)
+    timed = take_turns([racer for racer, _ in racers], plan, progress=tell("round"))
     for label, rounds in timed.items():
         results[label].rounds = rounds
     towers = [tower for _, found in racers for tower in found.values()]
     if not towers:
         return
-    timed = take_turns(towers, plan, progress=tell)
+    timed = take_turns(towers, plan, progress=tell("round of entry points"))
     for racer, found in racers:
         results[racer.name].towers = {entry: timed[tower.name] for entry, tower in found.items()}
 
 
-def _settings(threads: int, inputs: Arrays, options: Options, inputs_from: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    for name, array in sorted(inputs.items()):
-        digest.update(f"{name} {array.dtype} {array.shape}".encode())
-        digest.update(array.tobytes())
+def _settings(threads: int, inputs: Values, options: Options, inputs_from: str) -> dict[str, Any]:
     return {
         "threads": threads,
         "rounds": options.plan.rounds,
@@ -207,7 +205,7 @@ def _settings(threads: int, inputs: Arrays, options: Options, inputs_from: str) 
         "pause_s": options.plan.pause,
         "isolate": options.isolate,
         "tolerance": options.tolerance,
-        "inputs": {name: f"{array.dtype}{list(array.shape)}" for name, array in inputs.items()},
-        "inputs_digest": digest.hexdigest()[:16],
+        "inputs": arrays.describe(inputs),
+        "inputs_digest": arrays.digest(inputs),
         "inputs_from": inputs_from,
     }

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
-import numpy as np
-
 from mmopt.bench.measure import LocalRacer
-from mmopt.bench.peers import ArtifactContender, Contender
+from mmopt.bench.peers import ArtifactContender, Contender, Values
 from mmopt.errors import MmoptError
 
 
-def tower_racers(
-    contender: Contender, inputs: Mapping[str, np.ndarray]
-) -> tuple[dict[str, LocalRacer], dict[str, str]]:
+def tower_racers(contender: Contender, inputs: Values) -> tuple[dict[str, LocalRacer], dict[str, str]]:
     """Racers for the entry points besides ``main``; none for anything but an artifact.
 
     An entry point's inputs are found by name among the model's inputs and what earlier entry points gave (``fuse``

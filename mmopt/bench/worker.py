@@ -20,12 +20,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import numpy as np
-
 from mmopt import errors
+from mmopt.bench.arrays import load_values, save_values
 from mmopt.bench.machine import peak_memory
 from mmopt.bench.measure import LocalRacer
-from mmopt.bench.peers import Arrays, Spec, open_contender
+from mmopt.bench.peers import Spec, Values, open_contender
 from mmopt.bench.towers import tower_racers
 from mmopt.errors import BackendError, MmoptError
 
@@ -40,7 +39,7 @@ class Worker:
         outputs: The contender's first answer.
     """
 
-    def __init__(self, spec: Spec, inputs: Arrays, timeout: float = 600.0) -> None:
+    def __init__(self, spec: Spec, inputs: Values, timeout: float = 600.0) -> None:
         """Start the process and wait for its first answer.
 
         Raises:
@@ -60,9 +59,9 @@ class Worker:
         )
         try:
             given, made = Path(self._folder.name) / "inputs.npz", Path(self._folder.name) / "outputs.npz"
-            save_arrays(given, inputs)
+            save_values(given, inputs)
             self.start = self._ask({"spec": spec.to_json(), "inputs": str(given), "outputs": str(made)})
-            self.outputs = load_arrays(made)
+            self.outputs = load_values(made)
         except BaseException:
             self.close()
             raise
@@ -144,58 +143,10 @@ class RemoteTower:
         return self._worker.turn(seconds, self._entry)
 
 
-def save_arrays(path: Path, arrays: Arrays) -> None:
-    """Write arrays of any names, in order, and of any dtype numpy or ml_dtypes knows."""
-    stored = {f"a{i}": _plain(array) for i, array in enumerate(arrays.values())}
-    head = json.dumps([[name, _dtype_name(array)] for name, array in arrays.items()])
-    np.savez(path, head=np.array(head), **stored)  # type: ignore[arg-type]  # names are ours, none is allow_pickle
-
-
-def load_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Inverse of :func:`save_arrays`."""
-    arrays: dict[str, np.ndarray] = {}
-    with np.load(path, allow_pickle=False) as stored:
-        for i, (name, dtype) in enumerate(json.loads(str(stored["head"]))):
-            array = stored[f"a{i}"]
-            arrays[name] = array.astype(object) if dtype == "object" else array.view(_named_dtype(dtype))
-    return arrays
-
-
-def flat_arrays(outputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Outputs with each tensor of a sequence as an array of its own; absent optionals are left out."""
-    flat: dict[str, np.ndarray] = {}
-    for name, value in outputs.items():
-        if isinstance(value, list | tuple):
-            flat.update({f"{name}[{i}]": np.asarray(item) for i, item in enumerate(value)})
-        elif value is not None:
-            flat[name] = np.asarray(value)
-    return flat
-
-
-def _plain(array: np.ndarray) -> np.ndarray:
-    array = np.asarray(array, order="C")  # ascontiguousarray would turn a scalar into a vector
-    if array.dtype.hasobject:
-        return array.astype(str)
-    return array.view(f"u{array.dtype.itemsize}") if array.dtype.kind == "V" else array
-
-
-def _dtype_name(array: np.ndarray) -> str:
-    return "object" if array.dtype.hasobject else array.dtype.name if array.dtype.kind == "V" else array.dtype.str
-
-
-def _named_dtype(name: str) -> np.dtype[Any]:
-    if name[0] in "<>|=":
-        return np.dtype(name)
-    import ml_dtypes
-
-    dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
-    return dtype
-
-
 def _begin(request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, LocalRacer]]:
     """Load, give the first answer, and get ready for turns."""
     contender = open_contender(Spec(**request["spec"]))
-    inputs = load_arrays(Path(request["inputs"]))
+    inputs = load_values(Path(request["inputs"]))
     baseline = peak_memory()
     start = time.perf_counter()
     contender.load()
@@ -210,7 +161,7 @@ def _begin(request: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, LocalR
         "peak_bytes": peak_memory(),
         "baseline_bytes": baseline,
     }
-    save_arrays(Path(request["outputs"]), flat_arrays(outputs))
+    save_values(Path(request["outputs"]), outputs)
     towers, skipped = tower_racers(contender, inputs)
     facts.update(towers=list(towers), towers_left_out=skipped)
     return facts, {"main": LocalRacer(contender, inputs), **towers}

@@ -105,7 +105,7 @@ def test_interval_is_certain_only_without_one() -> None:
 
 def test_band_is_as_wide_as_repeating_the_measurement_scatters() -> None:
     rng = np.random.default_rng(5)
-    bands = [stats.noise_band(simulate(rng), simulate(rng), median, paired=False) for _ in range(30)]
+    bands = [stats.change(simulate(rng), simulate(rng), median, paired=False).band for _ in range(30)]
     logs = [math.log(median(simulate(rng)) / median(simulate(rng))) for _ in range(2000)]
     quantile = scipy_stats.t.ppf(1 - stats.BAND_TAIL, 18)
     assert np.median(bands) == pytest.approx(math.expm1(quantile * np.std(logs)), rel=0.25)
@@ -113,18 +113,26 @@ def test_band_is_as_wide_as_repeating_the_measurement_scatters() -> None:
 
 def test_band_shrinks_with_rounds_and_is_infinite_without() -> None:
     rng = np.random.default_rng(6)
-    bands = [stats.noise_band(simulate(rng, rounds=n), simulate(rng, rounds=n), median, paired=False) for n in (4, 40)]
-    assert bands[1] < bands[0] / 2
-    assert stats.noise_band(simulate(rng, rounds=2), simulate(rng), median, paired=False) == math.inf
+    few, many = (stats.change(simulate(rng, rounds=n), simulate(rng, rounds=n), median, paired=False) for n in (4, 40))
+    assert many.band < few.band / 2
+    assert stats.change(simulate(rng, rounds=2), simulate(rng), median, paired=False).band == math.inf
 
 
 def test_paired_band_ignores_what_both_sides_share() -> None:
     rng = np.random.default_rng(7)
     base = [[pace * (1 + 0.001 * rng.random()) for _ in range(9)] for pace in rng.uniform(1, 3, 10)]
     new = [[1.1 * t for t in times] for times in base]
-    assert stats.noise_band(base, new, median, paired=True) < 0.5 * stats.noise_band(base, new, median, paired=False)
+    found = stats.change(base, new, median, paired=True)
+    assert found.ratio == pytest.approx(1.1)
+    assert found.band < 0.001 < 0.1 < stats.change(base, new, median, paired=False).band
 
 
-def test_equal_times_have_no_noise() -> None:
+def test_paired_rounds_must_pair() -> None:
+    with pytest.raises(ValueError, match="argument 2"):
+        stats.change([[1.0]] * 3, [[1.0]] * 4, median, paired=True)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_equal_times_have_no_noise(paired: bool) -> None:
     rounds = [[0.5, 0.5]] * 5
-    assert stats.noise_band(rounds, rounds, median, paired=False) == 0.0
+    assert stats.change(rounds, rounds, median, paired=paired) == stats.Change(1.0, 0.0)
