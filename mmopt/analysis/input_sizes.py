@@ -34,8 +34,8 @@ class Regime:
 
 
 REGIMES = (
-    Regime(None, 32), Regime(None, 112, frames=8), Regime(None, 112, frames=16), Regime(512, 64), Regime(256, 224), Regime(None, 224), Regime(16, 32, 1), Regime(1, 32, 1),
-    Regime(64, 128), Regime(1600, 32), Regime(3000, 384),
+    Regime(None, 32), Regime(None, 112, frames=8), Regime(None, 112, frames=16), Regime(512, 64), Regime(256, 224),
+    Regime(None, 224), Regime(16, 32, 1), Regime(1, 32, 1), Regime(64, 128), Regime(1600, 32), Regime(3000, 384),
 )  # fmt: skip
 """Tried in this order until the model runs: what it accepts can hang on strides, tables and windows inside."""
 
@@ -57,8 +57,8 @@ def concrete_shapes(
 
 def _choose(module: Module, regime: Regime, number: int, sizes: Mapping[str, int]) -> dict[str, int]:
     chosen = dict(sizes)
-    # Sets keep small sizes apart: 2 and 3 in the batch, neighbouring steps in the lengths.
-    batch = regime.batch or 2 + number % 2
+    # Sets keep small sizes apart: 2 and 1 in the batch, neighbouring steps in the lengths.
+    batch = regime.batch or 2 - number % 2
     steps = iter(_STEPS[number % 2 :] + _STEPS)
     first_length = regime.length
     for value, axis, symbol in _symbols(module):

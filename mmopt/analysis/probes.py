@@ -14,7 +14,7 @@ from mmopt.analysis.input_facts import input_facts
 from mmopt.analysis.input_sizes import REGIMES, Regime, concrete_shapes
 from mmopt.analysis.input_values import Request, make_value
 from mmopt.errors import BackendError, MmoptError, UserError, did_you_mean
-from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.evaluate import Outputs, ReferenceRunner
 from mmopt.ir.module import Module
 
 Inputs = dict[str, Any]
@@ -46,18 +46,28 @@ def probe_inputs(
     Raises:
         BackendError: No guess runs; the reason is that of the first.
     """
+    if runner is not None:
+        return find_probes(module, runner, seeds=seeds, sizes=sizes)[0]
     maker = _Maker(module, sizes)
-    if runner is None:
-        return [maker.make(REGIMES[0], number, seed, 0) for number, seed in enumerate(seeds)]
+    return [maker.make(REGIMES[0], number, seed, 0) for number, seed in enumerate(seeds)]
+
+
+def find_probes(
+    module: Module, runner: ReferenceRunner, *, seeds: Sequence[int] = (0, 1), sizes: Mapping[str, int] | None = None
+) -> tuple[list[Inputs], list[Outputs]]:
+    """Make inputs that ``module`` runs on, as :func:`probe_inputs` does, and return its outputs on them too.
+
+    Raises:
+        BackendError: No guess runs; the reason is that of the first.
+    """
+    maker = _Maker(module, sizes)
     first_error: MmoptError | None = None
     for variant, regime in itertools.product(range(maker.variants), REGIMES if maker.symbolic else REGIMES[:1]):
         try:
             made = [maker.make(regime, number, seed, variant) for number, seed in enumerate(seeds)]
-            runner.run_all(module, made)
+            return made, runner.run_all(module, made)
         except MmoptError as error:
             first_error = first_error or error
-            continue
-        return made
     raise BackendError(
         first_error.what if first_error is not None else "no seeds were given",
         where=first_error.where if first_error is not None else "",

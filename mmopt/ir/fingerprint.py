@@ -50,12 +50,19 @@ def structure_hash(model: ir.Model) -> str:
     """Hex digest of what ``model`` computes: blind to names inside, node order, annotations and metadata.
 
     The names, types and order of the model's inputs and outputs count. Nodes from which no output can be reached do
-    not. Time is linear in the number of nodes.
+    not, and a computation done twice counts as one. Two models with equal hashes compute the same, to the bit, unless
+    they draw random numbers. Time is linear in the number of nodes.
     """
-    functions = {
-        identifier: _structure(function.graph, {}, named=False) for identifier, function in model.functions.items()
-    }
-    parts = [sorted(model.opset_imports.items()), _structure(model.graph, {}, named=True), sorted(functions.items())]
+    functions = [
+        (
+            identifier,
+            sorted(function.opset_imports.items()),
+            list(map(_attribute, _formals(function))),
+            _structure(function.graph, {}, depth=1),
+        )
+        for identifier, function in sorted(model.functions.items())
+    ]
+    parts = [sorted(model.opset_imports.items()), _structure(model.graph, {}, depth=0), functions]
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
 
@@ -158,17 +165,21 @@ def _metadata(properties: dict[str, str]) -> list[tuple[str, str]]:
     return sorted(properties.items()) if properties else []
 
 
-def _structure(graph: ir.Graph, outer: dict[ir.Value, str], *, named: bool) -> str:
-    """Digest of the outputs of ``graph``, each value identified by the computation that makes it."""
+def _structure(graph: ir.Graph, outer: dict[ir.Value, str], *, depth: int) -> str:
+    """Digest of the outputs of ``graph``, each value identified by the computation that makes it.
+
+    Only the names of the main graph, at depth 0, count. The depth keeps the inputs of nested bodies apart.
+    """
+    named = depth == 0
     known = dict(outer)
     for index, value in enumerate(graph.inputs):
-        known[value] = f"in{index}:{value.name if named else ''}:{value.type!r}"
+        known[value] = f"in{depth}.{index}:{value.name if named else ''}:{value.type!r}"
     for value in graph.initializers.values():
         known[value] = f"{known.get(value, '')}tensor:{_tensor(value.const_value)}"
     for node in graph:
         inputs = ["" if value is None else known.get(value, f"?{value.name}") for value in node.inputs]
-        attributes = [_structure_of_attribute(node.attributes[name], known) for name in sorted(node.attributes)]
-        what = repr((node.domain, node.op_type, node.overload, inputs, attributes, len(node.outputs)))
+        attributes = [_structure_of_attribute(node.attributes[name], known, depth) for name in sorted(node.attributes)]
+        what = repr((node.domain, node.op_type, node.overload, inputs, attributes, _wanted(node)))
         digest = hashlib.blake2b(what.encode(), digest_size=16).hexdigest()
         for index, value in enumerate(node.outputs):
             known[value] = f"{digest}.{index}"
@@ -177,8 +188,13 @@ def _structure(graph: ir.Graph, outer: dict[ir.Value, str], *, named: bool) -> s
     return hashlib.blake2b(repr((signature, ends)).encode(), digest_size=16).hexdigest()
 
 
-def _structure_of_attribute(attribute: ir.Attr, known: dict[ir.Value, str]) -> object:
+def _wanted(node: ir.Node) -> list[bool]:
+    """Which outputs a node is asked for: some operators compute others when an optional one is there."""
+    return [value.name != "" for value in node.outputs]
+
+
+def _structure_of_attribute(attribute: ir.Attr, known: dict[ir.Value, str], depth: int) -> object:
     graphs = list(_graphs_of(attribute))
     if graphs:
-        return (attribute.name, [_structure(graph, known, named=False) for graph in graphs])
+        return (attribute.name, [_structure(graph, known, depth=depth + 1) for graph in graphs])
     return _attribute(attribute)

@@ -11,18 +11,23 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.analysis.probes import probe_inputs
+from mmopt.analysis.probes import find_probes
 from mmopt.errors import BackendError, MmoptError, PassError, UserError, did_you_mean
-from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.evaluate import Outputs, ReferenceRunner
 from mmopt.ir.fingerprint import fingerprint
 from mmopt.ir.module import Module, Remark
 from mmopt.pipeline.base import Fidelity, Pass, PassContext, Phase
 from mmopt.pipeline.dump import Dump
-from mmopt.pipeline.guard import Guard, Known, Rejected, check_claim, read_only_weights, refuse_mismatch
+from mmopt.pipeline.guard import Guard, Known, Rejected, check_claim, check_start, read_only_weights
 from mmopt.pipeline.report import APPLIED, FAILED, PassRecord, PipelineReport, node_count
 
 VALIDATE = ("each", "end", "off")
 
+_SLOW = 0.5
+"""Seconds from which checking one pass on all sets is too slow to do after every pass: then each pass is compared on
+the first set, the end on all, and the run is repeated with all when the end is wrong."""
+
+_ALL = 1 << 30
 _PROBES = 2
 """Sets of probe inputs; with symbolic sizes, each set has its own, so that a size baked in by a pass shows."""
 
@@ -51,7 +56,8 @@ class PassManager:
 
     Args:
         passes: Passes and phases, in order.
-        validate: ``each`` checks structure and values after every pass; ``end`` checks structure after every pass and
+        validate: ``each`` checks structure and values after every pass (a slow model on one set of inputs, and at the
+            end on all); ``end`` checks structure after every pass and
             values once, and goes back to ``each`` when they are wrong, so that the guilty pass is found; ``off``
             trusts passes and rolls back those that raise.
         strict: A pass that fails is an error instead of a line in the report.
@@ -149,54 +155,55 @@ class _Run:
         self._spare: Module | None = None
         self._guard: Guard | None = None
         self._known: Known | None = None
-        self._mode = manager.validate
+        self._sets = {"each": _ALL}.get(manager.validate, 0)
         self.current = module
         self.remarks: list[Remark] = []
 
     def execute(self) -> None:
-        if self._mode != "off":
+        if self._manager.validate != "off":
             self._learn()
         self._dump.write("input", self.current)
         start, known = self.current, self._known
         self._phases()
         if known is None or not known.outputs:
             return
-        if self._mode == "end" and not self._end_is_right(known):
+        if self._sets != _ALL and not self._end_is_right(known):
             self._replay(start, known)
         self._compare_ends(known)
 
     def _learn(self) -> None:
         """Set up the guard with the inputs that the module runs on."""
-        manager, report = self._manager, self._report
-        if manager.inputs is not None:
-            report.inputs = "given"
-            self._guard = Guard(self._runner, manager.inputs)
-            try:
-                self._known = self._guard.know(self.current)
-            except BackendError as error:
-                raise UserError(error.what, where=error.where, hint="the given inputs do not run") from error
-        else:
-            self._learn_from_probes()
+        report = self._report
+        problems = check_start(self.current)
+        batches, outputs = self._given() if self._manager.inputs is not None else self._probes()
+        self._guard = Guard(self._runner, batches)
+        self._known = self._guard.know(self.current, problems, outputs)
         if self._known is not None and self._known.outputs:
             first = self._known.outputs[0]
             report.engine = first.engine
             if first.reason:
                 report.notes.append(f"onnxruntime cannot load the model ({first.reason}); used {first.engine} instead")
 
-    def _learn_from_probes(self) -> None:
+    def _given(self) -> tuple[Sequence[Mapping[str, Any]], list[Outputs]]:
+        self._report.inputs = "given"
+        batches = self._manager.inputs or []
+        try:
+            return batches, self._runner.run_all(self.current, batches)
+        except BackendError as error:
+            raise UserError(error.what, where=error.where, hint="the given inputs do not run") from error
+
+    def _probes(self) -> tuple[Sequence[Mapping[str, Any]], list[Outputs]]:
         seeds = range(self._manager.seed, self._manager.seed + _PROBES)
         try:
-            batches = probe_inputs(self.current, seeds=seeds, runner=self._runner)
-            self._guard = Guard(self._runner, batches)
-            self._known = self._guard.know(self.current)
-            self._report.inputs = "probes"
+            batches, outputs = find_probes(self.current, self._runner, seeds=seeds)
         except BackendError as error:
             self._report.notes.append(
                 f"values were not compared, only structure: the model runs on no inputs made for it ({error.what}); "
                 "give some with --inputs"
             )
-            self._guard = Guard(self._runner, [])
-            self._known = self._guard.know(self.current)
+            return [], []
+        self._report.inputs = "probes"
+        return batches, outputs
 
     def _phases(self) -> None:
         index = 0
@@ -250,6 +257,8 @@ class _Run:
             raise Rejected(f"left a module that cannot be read: {_said(error)}") from error
         finally:
             record.validation_seconds = time.perf_counter() - started
+            if record.validation_seconds > _SLOW:
+                self._sets = min(self._sets, 1)
         if not changed:
             self._spare = work
             return
@@ -266,7 +275,7 @@ class _Run:
         if not check_claim(claimed, self._known.fingerprint, print_):
             return False
         self._known, record.comparisons = self._guard.accept(
-            work, print_, self._known, pass_.fidelity, bound=pass_.error_bound(), run=self._mode == "each"
+            work, print_, self._known, pass_.fidelity, bound=pass_.error_bound(), sets=self._sets
         )
         return True
 
@@ -297,22 +306,19 @@ class _Run:
 
     def _end_is_right(self, start: Known) -> bool:
         """Compare values once, at the end, by what the least exact pass may do."""
-        if self._guard is None or self._known is None or self.current.model is None:
+        if self._guard is None or self._known is None or not self._report.applied:
             return True
         fidelity, bound = self._loosest()
         try:
-            self._known, comparisons = self._guard.accept(
-                self.current, self._known.fingerprint, start, fidelity, bound=bound, run=True
-            )
-            refuse_mismatch(comparisons)
+            self._guard.finish(self.current, start, self._known, fidelity, bound)
         except Rejected as rejection:
             self._report.notes.append(f"the end is not right ({rejection.what}); each pass was checked instead")
             return False
         return True
 
     def _replay(self, start: Module, known: Known) -> None:
-        """Run everything again from the start, this time checking each pass."""
-        self._mode = "each"
+        """Run everything again from the start, this time checking each pass on all sets of inputs."""
+        self._sets = _ALL
         self.current, self._known, self._spare = start, known, None
         self._report.passes.clear()
         self.remarks.clear()
