@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import sys
+from typing import Any
+
+from mmopt.errors import UserError, did_you_mean
+from mmopt.runtime.cpu import allowed_cpus, machine, missing_features, running_features
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+KINDS = ("cpu", "arm", "cuda")
+
+NATIVE = {"x86_64": "cpu", "aarch64": "arm"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -11,10 +26,10 @@ class Profile:
 
     Attributes:
         name: Profile name.
-        kind: ``cpu``, ``cuda`` or ``arm``.
+        kind: ``cpu``, ``arm`` or ``cuda``: which backend compiles for it.
         triple: LLVM target triple.
         mcpu: LLVM processor name.
-        features: Required CPU features by their Linux names, for the manifest and the load-time check.
+        features: CPU features an artifact requires, by their Linux names; checked before its library is loaded.
         llvm_features: Further LLVM features (``+amx-int8``) beyond what ``mcpu`` implies.
         vector_bytes: Width of a vector register.
         registers: Number of vector registers.
@@ -29,12 +44,132 @@ class Profile:
     mcpu: str = "x86-64-v3"
     features: tuple[str, ...] = ()
     llvm_features: tuple[str, ...] = ()
-    vector_bytes: int = 64
-    registers: int = 32
+    vector_bytes: int = 32
+    registers: int = 16
     cores: int = 2
     l1_bytes: int = 32 << 10
-    l2_bytes: int = 1 << 20
+    l2_bytes: int = 256 << 10
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """What the manifest says about the target."""
-        return {"name": self.name, "kind": self.kind, "triple": self.triple, "cpu": self.mcpu, "features": list(self.features)}
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "triple": self.triple,
+            "cpu": self.mcpu,
+            "features": list(self.features),
+            "vector_bytes": self.vector_bytes,
+            "cores": self.cores,
+        }
+
+
+def targets_folder() -> pathlib.Path:
+    """Where the profiles that ship with mmopt are: package data, or the source tree of a checkout."""
+    package = pathlib.Path(__file__).resolve().parent.parent
+    packaged = package / "data" / "targets"
+    return packaged if packaged.is_dir() else package.parent / "targets"
+
+
+def profile_names() -> list[str]:
+    """Names ``--target`` accepts."""
+    return sorted(["cpu", *(path.stem for path in targets_folder().glob("*.toml"))])
+
+
+def load_profile(target: str) -> Profile:
+    """The profile called ``target``, or read from a TOML file.
+
+    Args:
+        target: ``cpu`` for the machine this runs on, a name from :func:`profile_names`, or a path that ends in ``.toml``.
+
+    Raises:
+        UserError: No such profile, or its file is wrong.
+    """
+    if target == "cpu":
+        return native_profile()
+    path = pathlib.Path(target) if target.endswith(".toml") else targets_folder() / f"{target}.toml"
+    if not path.is_file():
+        hint = did_you_mean(target, profile_names()) if not target.endswith(".toml") else "give the path of a profile"
+        raise UserError(f"there is no target {target!r}", hint=hint)
+    return read_profile(path)
+
+
+def read_profile(path: pathlib.Path) -> Profile:
+    """Read one TOML profile.
+
+    Raises:
+        UserError: Not TOML, an unknown key, a value of the wrong type or out of range.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the target profile: {error}", where=str(path)) from error
+    fields = {f.name: f for f in dataclasses.fields(Profile)}
+    for key, value in data.items():
+        if key not in fields:
+            raise UserError(f"unknown key {key!r}", where=str(path), hint=did_you_mean(key, fields))
+        _check_type(path, key, value, fields[key].default)
+        if isinstance(value, list):
+            data[key] = tuple(value)
+    profile = Profile(**{"name": path.stem, **data})
+    _check(path, profile)
+    return profile
+
+
+def _check_type(path: pathlib.Path, key: str, value: object, default: object) -> None:
+    wanted = list if isinstance(default, tuple) else str if default is dataclasses.MISSING else type(default)
+    if not isinstance(value, wanted) or isinstance(value, bool):
+        raise UserError(f"{key} must be a {wanted.__name__}, not {value!r}", where=str(path))
+    if isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        raise UserError(f"{key} must be a list of strings", where=str(path))
+    if isinstance(value, int) and value <= 0:
+        raise UserError(f"{key} must be positive, not {value}", where=str(path))
+
+
+def _check(path: pathlib.Path, profile: Profile) -> None:
+    if profile.kind not in KINDS:
+        raise UserError(f"unknown kind {profile.kind!r}", where=str(path), hint=did_you_mean(profile.kind, KINDS))
+    if profile.vector_bytes not in (16, 32, 64):
+        raise UserError(f"vector_bytes must be 16, 32 or 64, not {profile.vector_bytes}", where=str(path))
+    wide = profile.vector_bytes == 64 and profile.kind == "cpu"
+    if wide and not any(f.startswith("avx512") for f in profile.features):
+        raise UserError("64-byte vectors need avx512f among the features", where=str(path), hint="add it or use 32")
+
+
+def native_profile() -> Profile:
+    """The richest shipped profile whose features this machine has, with this machine's cores and caches.
+
+    Raises:
+        UserError: No shipped profile fits this machine.
+    """
+    kind = NATIVE.get(machine())
+    available = running_features()
+    fitting = [
+        profile
+        for path in sorted(targets_folder().glob("*.toml"))
+        if (profile := read_profile(path)).kind == kind and not missing_features(profile.features, available)
+    ]
+    if not fitting:
+        raise UserError(
+            f"no shipped target fits this machine ({machine()})",
+            hint="describe it in a TOML file and pass that as --target",
+        )
+    best = max(fitting, key=lambda p: len(p.features))
+    cache = {"l1_bytes": _cache_bytes(1) or best.l1_bytes, "l2_bytes": _cache_bytes(2) or best.l2_bytes}
+    return dataclasses.replace(best, cores=max(1, len(allowed_cpus())), **cache)
+
+
+def _cache_bytes(level: int) -> int | None:
+    """Data cache of one core at ``level``, as Linux tells it."""
+    for index in pathlib.Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            if (index / "level").read_text().strip() != str(level):
+                continue
+            if (index / "type").read_text().strip() == "Instruction":
+                continue
+            size = (index / "size").read_text().strip()
+        except OSError:
+            continue
+        scale = {"K": 1 << 10, "M": 1 << 20}.get(size[-1:], 1)
+        digits = size.rstrip("KM")
+        return int(digits) * scale if digits.isdigit() else None
+    return None
