@@ -17,8 +17,8 @@ from mmopt.runtime.tensors import numpy_dtype
 def read_arrays(path: pathlib.Path, specs: Sequence[TensorSpec]) -> dict[str, Any]:
     """Arrays by name.
 
-    numpy stores ``bfloat16`` and ``float8`` as raw bytes; such arrays get the type that ``specs`` says. A sequence input
-    ``s`` is stored as ``s.0``, ``s.1``, …
+    numpy stores ``bfloat16`` and ``float8`` as raw bytes; such arrays get the type that ``specs`` says. A sequence
+    input ``s`` is stored as ``s.0``, ``s.1``, …
 
     Raises:
         UserError: The file cannot be read, or holds Python objects.

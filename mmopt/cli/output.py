@@ -15,8 +15,11 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mmopt.errors import UserError
+
+_WIDE = 500
 
 Verbose = Annotated[int, typer.Option("--verbose", "-v", count=True, help="Say more; show tracebacks.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only results and errors.")]
@@ -45,8 +48,9 @@ class Output:
             raise UserError("--verbose and --quiet exclude each other")
         if self.json_file is not None and not self._json_to_stdout and not self.json_file.parent.is_dir():
             raise UserError(f"there is no folder {self.json_file.parent}", where="--json", hint="create it first")
-        self._out = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
-        self._err = Console(stderr=True, soft_wrap=not sys.stderr.isatty(), highlight=False)
+        # Lines in a file or a pipe are not wrapped: programs read them.
+        self._out = Console(width=None if sys.stdout.isatty() else _WIDE, highlight=False)
+        self._err = Console(stderr=True, width=None if sys.stderr.isatty() else _WIDE, highlight=False)
 
     @property
     def _json_to_stdout(self) -> bool:
@@ -55,16 +59,16 @@ class Output:
     def result(self, item: str | Table) -> None:
         """Print a line or a table of the result."""
         if not self._json_to_stdout:
-            self._out.print(item, markup=False)
+            self._out.print(item, markup=False, soft_wrap=isinstance(item, str))
 
     def say(self, text: str, *, level: int = 0) -> None:
         """Tell what goes on; ``level`` 1 needs ``-v``."""
         if not self.quiet and self.verbose >= level:
-            self._err.print(text, markup=False)
+            self._err.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """Tell what the reader must not miss."""
-        self._err.print(f"warning: {text}", markup=False)
+        self._err.print(f"warning: {text}", markup=False, soft_wrap=True)
 
     def json(self, data: Mapping[str, Any]) -> None:
         """Write ``data`` where ``--json`` says, if it was given.
@@ -129,7 +133,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
         numeric = bool(rows) and all(_is_number(row[index]) for row in rows)
         made.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(_escape(cell) for cell in row))
+        made.add_row(*(Text(str(cell)) for cell in row))
     return made
 
 
@@ -140,10 +144,6 @@ def _is_number(cell: object) -> bool:
     except ValueError:
         return text in ("", "-")
     return True
-
-
-def _escape(cell: object) -> str:
-    return str(cell).replace("[", r"\[")
 
 
 def size_text(nbytes: float) -> str:

@@ -10,11 +10,12 @@ import typer
 
 from mmopt.cli.arrays import read_arrays, write_arrays
 from mmopt.cli.output import JsonFile, Output, Quiet, Verbose, table, time_text
+from mmopt.errors import UserError
 from mmopt.runtime import load_artifact
 from mmopt.runtime.session import check_inputs
 from mmopt.runtime.store import is_artifact
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 @app.command()
@@ -32,8 +33,9 @@ def run(
     """Run an artifact (or a model, in onnxruntime) once. Outputs are summarized, and written with -o."""
     show = Output(verbose, quiet, json)
     begin = time.perf_counter()
-    outputs, seconds = _run(artifact, inputs, entry, threads, trust_code)
-    show.say(f"loaded in {time_text(time.perf_counter() - begin - seconds)}, ran in {time_text(seconds)}")
+    outputs = _run(artifact, inputs, entry, threads, trust_code)
+    seconds = time.perf_counter() - begin
+    show.say(f"first answer after {time_text(seconds)}")
     rows = [row for name, value in outputs.items() for row in _rows(name, value)]
     show.result(table(("output", "dtype", "shape", "min", "max", "mean"), [list(row.values()) for row in rows]))
     if output is not None:
@@ -43,21 +45,18 @@ def run(
     show.json({"outputs": rows, "seconds": seconds, "file": None if output is None else str(output)})
 
 
-def _run(
-    source: str, inputs: pathlib.Path, entry: str, threads: int | None, trust_code: bool
-) -> tuple[dict[str, Any], float]:
+def _run(source: str, inputs: pathlib.Path, entry: str, threads: int | None, trust_code: bool) -> dict[str, Any]:
     path = pathlib.Path(source)
     if path.is_dir() or source.endswith((".mmopt", ".zip")) or is_artifact(path):
         target = load_artifact(path, threads).entry(entry)
-        values = read_arrays(inputs, target.inputs)
-        begin = time.perf_counter()
-        return target.run(values), time.perf_counter() - begin
+        return target.run(read_arrays(inputs, target.inputs))
     from mmopt.runnable import as_runnable
 
+    if entry != "main":
+        raise UserError("a model has one entry point, main", where="--entry")
     model = as_runnable(source, threads=threads, trust_code=trust_code)
     values = check_inputs(model.inputs, read_arrays(inputs, model.inputs), where=source)
-    begin = time.perf_counter()
-    return model.run_all([values])[0], time.perf_counter() - begin
+    return model.run_all([values])[0]
 
 
 def _rows(name: str, value: Any) -> list[dict[str, Any]]:

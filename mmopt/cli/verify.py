@@ -11,7 +11,7 @@ from mmopt.cli.arrays import read_arrays
 from mmopt.cli.output import JsonFile, Output, Quiet, Verbose, table
 from mmopt.errors import UserError
 
-app = typer.Typer(rich_markup_mode=None)
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
 
 @app.command()

@@ -1,0 +1,263 @@
+"""The Python interface: load, optimize, compile, verify. Running artifacts is :func:`mmopt.load_artifact`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmopt.building import Check, CompileResult, build_artifact
+from mmopt.errors import UserError
+from mmopt.ir.modality import Modality
+from mmopt.ir.module import Module
+from mmopt.loading import Shapes, fix_shapes, load_source, set_modalities
+from mmopt.pipeline.report import PipelineReport
+from mmopt.runnable import Inputs, as_runnable
+from mmopt.verification import Verification, compare_runnables
+
+if TYPE_CHECKING:
+    from mmopt.pipeline.base import Pass
+    from mmopt.pipeline.manager import Progress
+    from mmopt.pipeline.recipe import Recipe
+
+_LEVEL_RECIPES = {0: "o0", 1: "o1", 2: "o2", 3: "o2"}
+LEVELS = tuple(_LEVEL_RECIPES)
+"""Optimization levels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizeResult:
+    """What :func:`optimize` gives.
+
+    Attributes:
+        module: The optimized module.
+        report: What every pass did.
+    """
+
+    module: Module
+    report: PipelineReport
+
+
+def load(
+    source: Any,
+    example_inputs: Any = None,
+    *,
+    dynamic_shapes: Any = None,
+    shapes: Shapes | None = None,
+    modalities: Mapping[str, Modality | str] | None = None,
+    fx_passes: Sequence[Any] = (),
+    trust_code: bool = False,
+) -> Module:
+    """Read a model.
+
+    Args:
+        source: The path of a ``.onnx`` or ``.pt2`` file, ``package.module:function``, a ``torch.nn.Module``, an
+            ``ExportedProgram`` or an ``onnx_ir.Model``.
+        example_inputs: What a torch module takes, for export.
+        dynamic_shapes: As for ``torch.export.export``.
+        shapes: Shapes to fix, by input name.
+        modalities: What inputs are, by name, where the analysis should not find out by itself.
+        fx_passes: Passes on the FX graph of a torch model.
+        trust_code: Allow ``.pt2`` files and functions, which can run code.
+
+    Raises:
+        LoadError: It cannot be read as a model.
+        UserError: An argument does not fit.
+    """
+    module = load_source(
+        source, example_inputs, dynamic_shapes=dynamic_shapes, fx_passes=fx_passes, trust_code=trust_code
+    )
+    set_modalities(module, {name: Modality(kind) for name, kind in (modalities or {}).items()})
+    fix_shapes(module, shapes or {})
+    return module
+
+
+def optimize(
+    module: Module,
+    *,
+    target: str = "cpu",
+    level: int = 2,
+    precision: str = "fp32",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    passes: Sequence[Pass | str] = (),
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    samples: dict[str, np.ndarray[Any, Any]] | None = None,
+    validate: str | None = None,
+    strict: bool | None = None,
+    seed: int | None = None,
+    threads: int = 0,
+    dump_dir: str | os.PathLike[str] | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> OptimizeResult:
+    """Rewrite ``module``; it is left as it is, and the result shares its weights.
+
+    Args:
+        module: What to optimize.
+        target: Name of the target, for passes that ask.
+        level: 0 only works out shapes, 1 runs exact rewrites, 2 also those that round differently, 3 the same (what it
+            adds is in compiling).
+        precision: ``fp32``; a lossy precision needs a recipe or passes that bring it.
+        recipe: A recipe, or its name or file, instead of the level's own.
+        passes: Further passes: objects, or as on the command line (``my-pass{threshold=0.5}``).
+        inputs: Inputs to validate on; probes when None.
+        samples: Calibration samples by input name, with a leading axis of samples.
+        validate: ``each``, ``end`` or ``off``; what the recipe says, or ``each``, when None.
+        strict: A pass that fails its validation is an error; what the recipe says, or False, when None.
+        seed: Seed of everything random; what the recipe says, or 0, when None.
+        threads: Threads of the reference runtime; 0 takes all cores.
+        dump_dir: Folder for the module as text after each pass.
+        progress: Told before and after each pass.
+
+    Raises:
+        UserError: An unknown recipe, pass or option, or inputs that do not run.
+        PassError: A pass failed and ``strict`` is set.
+    """
+    from mmopt.pipeline.manager import PassManager
+
+    chosen = choose_recipe(level, precision, recipe, passes)
+    settings = chosen.merged(validate=validate, strict=strict, seed=seed)
+    result = module.clone()
+    manager = PassManager(
+        chosen.phases,
+        validate=settings["validate"],
+        strict=settings["strict"],
+        seed=settings["seed"],
+        inputs=inputs,
+        samples=samples,
+        dump_dir=None if dump_dir is None else pathlib.Path(dump_dir),
+        target=target,
+        progress=progress,
+        threads=threads,
+    )
+    return OptimizeResult(result, manager.run(result))
+
+
+def choose_recipe(
+    level: int = 2,
+    precision: str = "fp32",
+    recipe: str | os.PathLike[str] | Recipe | None = None,
+    passes: Sequence[Pass | str] = (),
+) -> Recipe:
+    """The recipe that :func:`optimize` runs for these arguments.
+
+    Raises:
+        UserError: An unknown level, precision, recipe, pass or option.
+    """
+    from mmopt.pipeline.base import Phase
+    from mmopt.pipeline.recipe import Recipe, load_recipe
+
+    if level not in LEVELS:
+        raise UserError(f"there is no level {level}", hint=f"one of {', '.join(map(str, LEVELS))}")
+    specs = [pass_ for pass_ in passes if isinstance(pass_, str)]
+    if isinstance(recipe, Recipe):
+        chosen = recipe
+        from mmopt.pipeline.registry import resolve
+
+        objects = [resolve(pass_) if isinstance(pass_, str) else pass_ for pass_ in passes]
+    else:
+        chosen = load_recipe(str(recipe or _LEVEL_RECIPES[level]), extra=specs)
+        objects = [pass_ for pass_ in passes if not isinstance(pass_, str)]
+    if precision not in ("fp32", chosen.settings.get("precision", "fp32")):
+        raise UserError(
+            f"no pass here brings the precision {precision!r}",
+            hint="only fp32 works without a recipe or passes for another one",
+        )
+    if objects:
+        return dataclasses.replace(chosen, phases=(*chosen.phases, Phase("given", tuple(objects))))
+    return chosen
+
+
+def compile(
+    module: Module,
+    *,
+    output: str | os.PathLike[str],
+    target: str = "cpu",
+    entries: Mapping[str, Module] | None = None,
+    reference: Module | None = None,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    tolerance: float | None = None,
+    allow_mismatch: bool = False,
+    seed: int = 0,
+    report: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] = lambda index, total, name: None,
+) -> CompileResult:
+    """Compile ``module`` to an artifact, verify it, and move it to ``output`` in one step.
+
+    Args:
+        module: What to compile.
+        output: Folder to write, or one zip when the name ends in ``.zip``.
+        target: Name or file of the target profile.
+        entries: Entry points besides ``main``; one for each tower, and the fusion, when None.
+        reference: What the artifact has to agree with, for example the module before :func:`optimize`; ``module``
+            itself when None.
+        inputs: Inputs to compare on; probes when None.
+        tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
+        allow_mismatch: Write the artifact even when it disagrees.
+        seed: Seed of the probes.
+        report: Content of ``report.json``.
+        config: The resolved configuration, for the manifest.
+        progress: Told step, number of steps and what it does.
+
+    Raises:
+        UserError: An unknown target, or an output that cannot be written.
+        UnsupportedError: Something in the model runs nowhere.
+        BackendError: Compiling or running failed.
+        VerifyError: The artifact disagrees with the reference; nothing was written.
+    """
+    from mmopt.backends.profile import load_profile
+
+    if entries is None:
+        from mmopt.analysis.towers import extract_entry_points
+
+        entries = extract_entry_points(module)
+    check = Check(reference, inputs, tolerance, seed, allow_mismatch)
+    return build_artifact(
+        module,
+        load_profile(target),
+        output,
+        entries=entries,
+        check=check,
+        report=report,
+        config=config,
+        progress=progress,
+    )
+
+
+def verify(
+    actual: Any,
+    reference: Any,
+    *,
+    inputs: Inputs | Sequence[Inputs] | None = None,
+    tolerance: float | None = None,
+    threads: int | None = None,
+    seed: int = 0,
+    trust_code: bool = False,
+) -> Verification:
+    """Run two models or artifacts on the same inputs and compare every output.
+
+    Args:
+        actual: What is checked: a path, a session of :func:`load_artifact`, or a module.
+        reference: What is right.
+        inputs: One set of inputs by name, or several; probes when None.
+        tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
+        threads: Threads of either side.
+        seed: Seed of the probes.
+        trust_code: Allow ``.pt2`` files and functions, which can run code.
+
+    Raises:
+        LoadError: One of them cannot be read.
+        UserError: They do not take the same inputs or give the same outputs.
+        BackendError: One of them failed.
+    """
+    return compare_runnables(
+        as_runnable(actual, threads=threads, seed=seed, trust_code=trust_code),
+        as_runnable(reference, threads=threads, seed=seed, trust_code=trust_code),
+        inputs=inputs,
+        seed=seed,
+        tolerance=tolerance,
+    )

@@ -1,0 +1,102 @@
+"""``mmopt optimize``: load, optimize, compile, verify."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from mmopt.cli.output import JsonFile, Output, Quiet, Verbose
+from mmopt.errors import UserError, did_you_mean
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+EMIT = ("artifact", "onnx")
+
+
+@app.command()
+def optimize(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=".onnx, .pt2, or package.module:function.")],
+    output: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            "-o", "--output", metavar="OUT", help="Folder, .zip or .onnx to write. Default: MODEL.mmopt here."
+        ),
+    ] = None,
+    target: Annotated[str | None, typer.Option(metavar="NAME|FILE.toml", help="Hardware; see `mmopt targets`.")] = None,
+    level: Annotated[
+        int, typer.Option("-O", "--level", min=0, max=3, help="0 correct only, 1 exact rewrites, 2 rounding, 3 tuned.")
+    ] = 2,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE.toml", help="Pipeline instead of the level's.")
+    ] = None,
+    passes: Annotated[
+        list[str] | None,
+        typer.Option("--pass", metavar="NAME{OPTION=VALUE}", help="Further pass; also module:Class or file.py:Class."),
+    ] = None,
+    precision: Annotated[str, typer.Option(metavar="fp32", help="Number format; lossy ones need passes.")] = "fp32",
+    calib: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE.npz|DIR", help="Calibration samples; the leading axis counts.")
+    ] = None,
+    inputs: Annotated[
+        list[pathlib.Path] | None,
+        typer.Option(metavar="FILE.npz", help="Inputs to validate and measure on. Default: made from the model."),
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME:1x3x224x224", help="Fix the shape of an input.")
+    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(metavar="NAME=image", help="Say what an input is.")] = None,
+    validate: Annotated[
+        str | None, typer.Option(metavar="each|end|off", help="When passes are checked by running the model.")
+    ] = None,
+    strict: Annotated[bool | None, typer.Option("--strict", help="A pass that fails its check is an error.")] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(min=0.0, help="Error allowed to the artifact, of an output's range.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cores to use. Default: all.")] = None,
+    emit: Annotated[str | None, typer.Option(metavar="artifact|onnx", help="What to write.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Write the result even when it does not agree with the model.")
+    ] = False,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
+    dump_dir: Annotated[
+        pathlib.Path | None, typer.Option(metavar="DIR", help="Write the model as text after every pass.")
+    ] = None,
+    json: JsonFile = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Optimize a model and compile it to a verified artifact."""
+    show = Output(verbose, quiet, json)
+    if emit is not None and emit not in EMIT:
+        raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
+    from mmopt.cli.optimizing import Job, Request
+
+    Job(
+        Request(
+            model=model,
+            output=output,
+            target=target,
+            level=level,
+            recipe=recipe,
+            passes=tuple(passes or ()),
+            precision=precision,
+            calib=calib,
+            inputs=tuple(inputs or ()),
+            shapes=tuple(shape or ()),
+            modalities=tuple(modality or ()),
+            validate=validate,
+            strict=strict,
+            tolerance=tolerance,
+            seed=seed,
+            jobs=jobs,
+            emit=emit,
+            allow_mismatch=allow_mismatch,
+            trust_code=trust_code,
+            dump_dir=dump_dir,
+        ),
+        show,
+    ).run(dry=dry_run)

@@ -1,0 +1,374 @@
+"""What ``mmopt optimize`` does, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mmopt.analysis.probes import load_inputs, probe_inputs
+from mmopt.api import OptimizeResult, choose_recipe, compile, load
+from mmopt.api import optimize as optimize_module
+from mmopt.building import CompileResult
+from mmopt.cli.output import Output, size_text, time_text
+from mmopt.cli.speed import Speed, measure
+from mmopt.errors import UserError, VerifyError
+from mmopt.frontends.onnx import save_onnx
+from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.module import Module, initializer_bytes
+from mmopt.loading import load_samples, parse_modalities, parse_shapes
+from mmopt.pipeline.base import FxPass
+from mmopt.pipeline.manager import Progress
+from mmopt.pipeline.recipe import Recipe
+from mmopt.runnable import Inputs, ModelRunnable
+from mmopt.runtime import atomic
+from mmopt.runtime.artifact import LIBRARY, WEIGHTS
+from mmopt.runtime.cpu import default_threads
+from mmopt.runtime.writer import check_output
+from mmopt.verification import Verification, compare_runnables
+
+if TYPE_CHECKING:
+    from mmopt.pipeline.report import PipelineReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The options of one ``mmopt optimize``, as given."""
+
+    model: str
+    output: pathlib.Path | None
+    target: str | None
+    level: int
+    recipe: str | None
+    passes: tuple[str, ...]
+    precision: str
+    calib: pathlib.Path | None
+    inputs: tuple[pathlib.Path, ...]
+    shapes: tuple[str, ...]
+    modalities: tuple[str, ...]
+    validate: str | None
+    strict: bool | None
+    tolerance: float | None
+    seed: int | None
+    jobs: int | None
+    emit: str | None
+    allow_mismatch: bool
+    trust_code: bool
+    dump_dir: pathlib.Path | None
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What a run has to tell.
+
+    Attributes:
+        path: What was written.
+        before: Bytes of the model as it was.
+        after: Bytes needed to run the result.
+        total: Bytes of everything written.
+        check: How the result agrees with the model as it was; None when it could not be checked.
+        unverified: Why not, or "".
+        speed: How fast, against onnxruntime.
+        fallback: What does not run natively, and why.
+    """
+
+    path: pathlib.Path
+    before: int
+    after: int
+    total: int
+    check: Verification | None
+    unverified: str
+    speed: Speed
+    fallback: list[str]
+
+
+class Job:
+    """One run of ``mmopt optimize``."""
+
+    def __init__(self, request: Request, show: Output) -> None:
+        self._request, self._show = request, show
+        self._recipe: Recipe = choose_recipe(request.level, request.precision, request.recipe, request.passes)
+        self._settings = self._recipe.merged(
+            validate=request.validate,
+            strict=request.strict,
+            seed=request.seed,
+            target=request.target,
+            jobs=request.jobs,
+        )
+        self._settings.setdefault("target", "cpu")
+        self._settings.setdefault("precision", request.precision)
+        self._emit = _emit(request)
+        self._output = _output(request, self._emit)
+
+    def run(self, *, dry: bool) -> None:
+        """Do it, or say what would be done."""
+        from mmopt.backends.profile import load_profile
+
+        request, show = self._request, self._show
+        load_profile(self._settings["target"])
+        original = self._load()
+        inputs = [load_inputs(path, original) for path in request.inputs] or None
+        samples = load_samples(request.calib, original) if request.calib else None
+        if dry:
+            self._plan(original)
+            return
+        with show.steps("optimize") as steps:
+            optimized = optimize_module(
+                original,
+                target=self._settings["target"],
+                recipe=self._without_fx(),
+                precision=self._settings["precision"],
+                inputs=inputs,
+                samples=samples,
+                validate=self._settings["validate"],
+                strict=self._settings["strict"],
+                seed=self._settings["seed"],
+                threads=self._settings.get("jobs", 0),
+                dump_dir=request.dump_dir,
+                progress=lambda progress: _tell(steps, progress),
+            )
+        for record in optimized.report.failed:
+            show.warn(f"pass {record.name} was rolled back: {record.reason}")
+        for note in optimized.report.notes:
+            show.say(note)
+        outcome = self._write(original, optimized, inputs)
+        self._tell(outcome, optimized.report)
+
+    def _load(self) -> Module:
+        request = self._request
+        module = load(
+            request.model,
+            shapes=parse_shapes(request.shapes),
+            modalities=parse_modalities(request.modalities),
+            fx_passes=[pass_ for phase in self._recipe.phases for pass_ in phase.passes if isinstance(pass_, FxPass)],
+            trust_code=request.trust_code,
+        )
+        for remark in module.remarks:
+            self._show.say(f"{remark.source}: {remark.message}", level=0 if remark.kind == "missed" else 1)
+        return module
+
+    def _without_fx(self) -> Recipe:
+        """The recipe for a module that comes from torch, whose FX passes have run before export."""
+        if self._request.model.endswith(".onnx"):
+            return self._recipe
+        phases = [
+            dataclasses.replace(phase, passes=tuple(p for p in phase.passes if not isinstance(p, FxPass)))
+            for phase in self._recipe.phases
+        ]
+        return dataclasses.replace(self._recipe, phases=tuple(phases))
+
+    def _plan(self, module: Module) -> None:
+        lines = self._recipe.describe(self._settings)
+        nodes = sum(1 for _ in module.graph.all_nodes())
+        lines.append(
+            f"model {self._request.model}: {nodes} nodes, {size_text(initializer_bytes(module.model))} of weights"
+        )
+        lines.append(f"would write {self._emit} {self._output}")
+        for line in lines:
+            self._show.result(line)
+        self._show.json({"dry_run": True, "plan": lines, "settings": self._settings, "output": str(self._output)})
+
+    def _write(self, original: Module, optimized: OptimizeResult, inputs: Sequence[Inputs] | None) -> Outcome:
+        if self._emit == "onnx":
+            return self._write_onnx(original, optimized.module, inputs)
+        with self._show.steps("compile") as steps:
+            built = compile(
+                optimized.module,
+                output=self._output,
+                target=self._settings["target"],
+                reference=original,
+                inputs=inputs,
+                tolerance=self._request.tolerance,
+                allow_mismatch=self._request.allow_mismatch,
+                seed=self._settings["seed"],
+                report=_report_json(optimized),
+                config=self._config(),
+                progress=steps.at,
+            )
+        return self._outcome(original, built, inputs)
+
+    def _outcome(self, original: Module, built: CompileResult, inputs: Sequence[Inputs] | None) -> Outcome:
+        files = built.manifest.files
+        needed = sum(r.size for name, r in files.items() if name in (LIBRARY, WEIGHTS) or name.startswith("fallback/"))
+        return Outcome(
+            path=built.path,
+            before=_model_bytes(self._request.model, original),
+            after=needed,
+            total=built.size,
+            check=built.checks.get("main"),
+            unverified=built.unverified,
+            speed=self._measure(built, original, inputs),
+            fallback=[] if built.native else built.manifest.notes,
+        )
+
+    def _measure(self, built: CompileResult, original: Module, inputs: Sequence[Inputs] | None) -> Speed:
+        if self._show.quiet:
+            return Speed(reason="--quiet")
+        if built.unverified:
+            return Speed(reason="it cannot run here")
+        if inputs is None:
+            seed = self._settings["seed"]
+            with ReferenceRunner(seed=seed) as runner:
+                inputs = probe_inputs(original, seeds=[seed], runner=runner)
+        self._show.say("measuring against onnxruntime")
+        return measure(built.path, original, inputs[0], self._settings.get("jobs") or default_threads())
+
+    def _write_onnx(self, original: Module, module: Module, inputs: Sequence[Inputs] | None) -> Outcome:
+        seed = self._settings["seed"]
+        check = compare_runnables(
+            ModelRunnable(module, self._output.name, seed=seed),
+            ModelRunnable(original, "the original model", seed=seed),
+            inputs=inputs,
+            seed=seed,
+            tolerance=self._request.tolerance,
+        )
+        if not self._request.allow_mismatch:
+            check.check()
+        written = write_onnx(module, self._output)
+        return Outcome(
+            path=self._output,
+            before=_model_bytes(self._request.model, original),
+            after=written,
+            total=written,
+            check=check,
+            unverified="",
+            speed=Speed(reason="only an artifact is measured; see mmopt bench"),
+            fallback=[],
+        )
+
+    def _config(self) -> dict[str, Any]:
+        given = {key: _plain(value) for key, value in dataclasses.asdict(self._request).items()}
+        return {**given, **self._settings, "recipe": self._recipe.name, "output": str(self._output), "emit": self._emit}
+
+    def _tell(self, outcome: Outcome, report: PipelineReport) -> None:
+        for line in summary(outcome, report):
+            self._show.result(line)
+        self._show.json(
+            {
+                "config": self._config(),
+                "pipeline": report.to_dict(),
+                "artifact": str(outcome.path),
+                "size": {"before": outcome.before, "after": outcome.after, "total": outcome.total},
+                "speed": {**dataclasses.asdict(outcome.speed), "ratio": outcome.speed.ratio},
+                "exactness": None if outcome.check is None else outcome.check.to_dict(),
+                "unverified": outcome.unverified,
+                "fallback": outcome.fallback,
+            }
+        )
+        if outcome.check is not None and not outcome.check.ok:
+            raise VerifyError("the result does not agree with the model; written because of --allow-mismatch")
+
+
+def summary(outcome: Outcome, report: PipelineReport) -> list[str]:
+    """The last lines: how much smaller, how much faster, how exact, and where."""
+    applied = len({record.name for record in report.applied})
+    lines = [f"graph: {report.nodes_before} → {report.nodes_after} nodes, {applied} passes changed it"]
+    ratio = outcome.before / outcome.after if outcome.after else 0.0
+    word = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio if ratio else 0:.2f}x larger"
+    total = f"; with everything else in it {size_text(outcome.total)}" if outcome.total > outcome.after else ""
+    lines.append(f"size: {size_text(outcome.before)} → {size_text(outcome.after)} needed to run, {word}{total}")
+    lines.append(f"speed: {_speed_text(outcome.speed)}")
+    lines.append(f"exactness: {_exactness_text(outcome)}")
+    if outcome.fallback:
+        lines.append("not native: " + "; ".join(outcome.fallback))
+    lines.append(f"written: {outcome.path}")
+    return lines
+
+
+def _speed_text(speed: Speed) -> str:
+    if speed.reason:
+        return f"not measured ({speed.reason})"
+    word = f"{speed.ratio:.2f}x faster" if speed.ratio >= 1 else f"{1 / speed.ratio:.2f}x slower"
+    return (
+        f"{time_text(speed.artifact)} against {time_text(speed.peer)} of onnxruntime fp32 on the original model, "
+        f"{word} (same inputs, turn by turn, {speed.threads} threads)"
+    )
+
+
+def _exactness_text(outcome: Outcome) -> str:
+    check = outcome.check
+    if check is None:
+        return outcome.unverified
+    source = "given inputs" if check.inputs_from == "given" else "inputs made from the model"
+    verdict = "" if check.ok else "DISAGREES: "
+    return f"{verdict}largest error {check.max_relative_error:.2g} of an output's range ({check.sets} sets of {source})"
+
+
+def write_onnx(module: Module, output: pathlib.Path) -> int:
+    """Write ``output`` and its data file so that a killed run leaves a complete pair, or no model.
+
+    Returns:
+        Bytes written.
+    """
+    data = output.with_name(f"{output.name}.data")
+    with atomic.staging(output) as folder:
+        save_onnx(module, folder / output.name, inline=True)
+        staged = [path for path in (folder / data.name, folder / output.name) if path.exists()]
+        size = sum(path.stat().st_size for path in staged)
+        atomic.sync_tree(folder)
+        output.unlink(missing_ok=True)  # never an old model beside new weights
+        for path in staged:
+            os.replace(path, output.with_name(path.name))
+    return size
+
+
+def _emit(request: Request) -> str:
+    named = "onnx" if request.output is not None and request.output.suffix == ".onnx" else "artifact"
+    if request.emit == "artifact" and named == "onnx":
+        raise UserError(
+            "an artifact is a folder or a .zip", where="--output", hint="leave out --emit, or name it .mmopt"
+        )
+    return request.emit or named
+
+
+def _output(request: Request, emit: str) -> pathlib.Path:
+    """Where to write, after making sure that it is possible."""
+    name = pathlib.Path(request.model.rpartition(":")[2]).name
+    stem = name.removesuffix(".onnx").removesuffix(".pt2")
+    output = request.output or pathlib.Path(f"{stem}.mmopt" if emit == "artifact" else f"{stem}.optimized.onnx")
+    if emit == "artifact":
+        return check_output(output)
+    output = output.expanduser().resolve()
+    atomic.check_parent(output)
+    if output.is_dir():
+        raise UserError("is a folder", where=str(output), hint="give the name of the .onnx file to write")
+    if output.exists() and pathlib.Path(request.model).exists() and output.samefile(request.model):
+        raise UserError("the model would be overwritten by its own result", where=str(output), hint="choose another -o")
+    return output
+
+
+def _tell(steps: Any, progress: Progress) -> None:
+    if progress.record is None:
+        steps.at(progress.index, progress.total, progress.name)
+
+
+def _report_json(optimized: OptimizeResult) -> dict[str, Any]:
+    module = optimized.module
+    return {
+        **optimized.report.to_dict(),
+        "remarks": [dataclasses.asdict(remark) for remark in module.remarks],
+        "provenance": module.provenance,
+    }
+
+
+def _model_bytes(name: str, module: Module) -> int:
+    """Bytes of the model as it was: its file and its data files, or its weights when it is no file."""
+    path = pathlib.Path(name)
+    if not path.is_file():
+        return initializer_bytes(module.model)
+    files = {path.resolve()}
+    for value in module.graph.initializers.values():
+        source = getattr(value.const_value, "path", None)
+        if source is not None:
+            files.add(pathlib.Path(source).resolve())
+    return sum(file.stat().st_size for file in files)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, pathlib.Path):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, Mapping) else value
