@@ -5,9 +5,9 @@ dynamic export (``Shape → Gather → Mul → Concat → Reshape``) ends in dim
 
     x[batch, seq, 768] → Reshape(Concat(Shape(x)[:2], 12, 64)) → [batch, seq, 12, 64]
 
-What inference derives from the graph inputs wins over annotations in the file; an annotation only fills in what
-inference cannot know (a data-dependent dimension, an operator of an unknown domain). Bodies of If, Loop and Scan and
-calls of local functions are followed. Cost: one visit a node, no weights are read or serialized.
+Facts follow from the graph inputs and the operators alone, since passes change graphs on their strength. Annotations in
+the file are believed for operators of unknown domains only; elsewhere they fill gaps when facts are written back, and
+give way where they contradict them. Bodies of If, Loop and Scan and calls of local functions are followed. Cost: one visit a node, no weights are read or serialized.
 """
 
 from __future__ import annotations
@@ -62,10 +62,16 @@ class Fact:
 
 
 class ShapeFacts:
-    """Inferred facts of every value of a model. Build with :func:`infer_shapes`."""
+    """Inferred facts of every value of a model. Build with :func:`infer_shapes`.
+
+    Attributes:
+        varying: Values inside loops that change their shape from trip to trip, so that an annotation, which describes
+            one trip at best, says nothing.
+    """
 
     def __init__(self) -> None:
         self._facts: dict[ir.Value, Fact] = {}
+        self.varying: set[ir.Value] = set()
 
     def fact(self, value: ir.Value) -> Fact:
         """Everything known of ``value``."""
@@ -122,24 +128,33 @@ def annotate(
         values = [*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs if o.name)]
         for value in values:
             if value not in kept:
-                changed |= _annotate_value(value, facts.fact(value), on_conflict)
+                changed |= _annotate_value(value, facts.fact(value), value in facts.varying, on_conflict)
     return changed
 
 
-def _annotate_value(value: ir.Value, fact: Fact, on_conflict: Callable[[ir.Value, ir.Shape], None] | None) -> bool:
+def _annotate_value(
+    value: ir.Value, fact: Fact, varies: bool, on_conflict: Callable[[ir.Value, ir.Shape], None] | None
+) -> bool:
     changed = False
     if fact.type is not None and value.type != fact.type:
         value.type, changed = fact.type, True
-    if fact.shape is not None:
-        shape = to_ir_shape(fact.shape)
-        if value.shape != shape:
-            if on_conflict is not None and _contradicts(value.shape, fact.shape):
-                on_conflict(value, shape)
-            value.shape, changed = shape, True
+    dims = fact.shape if varies else _filled(fact.shape, from_ir_shape(value.shape))
+    shape = None if dims is None else to_ir_shape(dims)
+    if shape is not None and value.shape != shape:
+        if on_conflict is not None and _contradicts(value.shape, shape):
+            on_conflict(value, shape)
+        value.shape, changed = shape, True
     return changed
 
 
-def _contradicts(annotation: ir.Shape | None, inferred: tuple[Size | None, ...]) -> bool:
+def _filled(shape: Shape, annotation: Shape) -> Shape:
+    """``shape`` with its gaps filled from an annotation of the same rank."""
+    if shape is None or annotation is None or len(shape) != len(annotation):
+        return annotation if shape is None else shape
+    return tuple(b if a is None else a for a, b in zip(shape, annotation, strict=True))
+
+
+def _contradicts(annotation: ir.Shape | None, inferred: ir.Shape) -> bool:
     """Whether an annotation says something false: another rank, another number, or a number for what varies."""
     if annotation is None:
         return False
@@ -190,7 +205,7 @@ class _Inference:
             facts = []
         facts += [Fact()] * (len(node.outputs) - len(facts))
         for value, fact in zip(node.outputs, facts, strict=False):
-            self.facts.set(value, self._with_annotation(fact, value))
+            self.facts.set(value, self._with_annotation(fact, node, value))
 
     def _infer(self, view: NodeView) -> list[Fact]:
         node = view.node
@@ -222,21 +237,15 @@ class _Inference:
             facts[0] = dataclasses.replace(facts[0], elements=_checked(value_rule(view), shapes[0], types[0]))
         return facts
 
-    def _with_annotation(self, fact: Fact, value: ir.Value) -> Fact:
-        """Fill the gaps of ``fact`` from the value's own annotation, where the two do not contradict each other."""
+    def _with_annotation(self, fact: Fact, node: ir.Node, value: ir.Value) -> Fact:
+        """Fill the gaps of ``fact`` from the value's own annotation, for operators that nothing is known about."""
         kind = fact.type if fact.type is not None else value.type
-        if fact.shape is not None and None not in fact.shape and kind is fact.type:
-            return fact
-        declared = from_ir_shape(value.shape)
-        if declared is None or not self._trusting:
-            return Fact(fact.shape, fact.elements, kind)
-        if fact.shape is None:
-            return Fact(declared, fact.elements, kind)
-        if len(declared) != len(fact.shape):
-            return Fact(fact.shape, fact.elements, kind)
-        return Fact(
-            tuple(b if a is None else a for a, b in zip(fact.shape, declared, strict=False)), fact.elements, kind
-        )
+        shape = fact.shape
+        if node.domain not in ONNX_DOMAINS and self._trusting:
+            shape = _filled(shape, from_ir_shape(value.shape))
+        if not self._trusting:
+            self.facts.varying.add(value)
+        return Fact(shape, fact.elements, kind) if shape is not fact.shape or kind is not fact.type else fact
 
     def _call(self, view: NodeView) -> list[Fact]:
         """A call of a local function: its body with the facts of the arguments."""
@@ -313,7 +322,7 @@ class _Inference:
     ) -> list[Fact]:
         """Facts of loop-carried values that hold before and after every trip.
 
-        Annotations inside a body whose carried shapes vary describe one trip at best, so they are not used there.
+        Annotations inside a body whose carried shapes vary are not believed.
         """
         carried, trusting = initial, self._trusting
         for round_ in range(_MAX_LOOP_ROUNDS + 1):

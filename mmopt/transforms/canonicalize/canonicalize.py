@@ -15,6 +15,7 @@ from mmopt.ir.module import Module
 from mmopt.pipeline.base import Pass, PassContext
 from mmopt.transforms.canonicalize import (
     compose_transposes,
+    constant_targets,
     merge_casts,
     merge_reshapes,
     remove_no_ops,
@@ -29,6 +30,7 @@ from mmopt.transforms.canonicalize.infer_shapes import InferShapes
 from mmopt.transforms.canonicalize.inline_functions import InlineFunctions
 from mmopt.transforms.canonicalize.lift_constants import LiftConstants
 from mmopt.transforms.canonicalize.rewriting import Rewriter, report
+from mmopt.transforms.canonicalize.share_sizes import ShareSizes
 from mmopt.transforms.canonicalize.simplify_control_flow import SimplifyControlFlow
 from mmopt.transforms.canonicalize.stabilize_names import StabilizeNames
 
@@ -39,6 +41,7 @@ RULES = (
     *merge_casts.RULES,
     *compose_transposes.RULES,
     *merge_reshapes.RULES,
+    *constant_targets.RULES,
 )
 """Every local rule of the family."""
 
@@ -93,6 +96,9 @@ class Canonicalize(Pass):
         if rewriter.run():
             fired += sorted(rewriter.fired)
         report(self, rewriter, context)
+        sizes = ShareSizes()
+        if sizes.share(module, context, facts):
+            fired.append(sizes.name)
         for step in (DeduplicateInitializers(), EliminateCommonSubexpressions(), EliminateDeadCode()):
             if step.run(module, context):
                 fired.append(step.name)
