@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from mmopt.runtime.store import Store
 
 
-class _MeasureContext(TyperCommand.context_class):  # type: ignore[misc]  # typer does not export it
+_Context: Any = TyperCommand.context_class  # click's, which newer typer carries inside and older typer imports
+
+
+class _MeasureContext(_Context):  # type: ignore[misc]
     """Shows the measuring command under the group's name, which is what the user typed."""
 
     @property
