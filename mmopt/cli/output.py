@@ -104,14 +104,14 @@ class Steps:
     def __init__(self, output: Output, title: str, bar: Progress | None = None) -> None:
         self._output, self._title, self._bar = output, title, bar
         self._task = bar.add_task(title, total=None) if bar else None
-        self._said = ""
+        self._said: set[str] = set()
 
     def at(self, index: int, total: int, name: str) -> None:
         """Step ``index`` of ``total``, from 0, begins."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=index, total=total, description=f"{self._title}: {name}")
-        elif self._said != f"{index} {name}":
-            self._said = f"{index} {name}"
+        elif (key := f"{index} {name}") not in self._said:  # once, however many rounds there are
+            self._said.add(key)
             self._output.say(f"{self._title} [{index + 1}/{total}] {name}")
 
 

@@ -63,6 +63,20 @@ class ThreadPoolSize:
         return bool(self._count() == self.threads)
 
 
+class _Machine:
+    """A virtual machine and those of its functions that were called."""
+
+    def __init__(self, module: Any) -> None:
+        module["vm_initialization"](_CPU, _DEVICE_ID, _POOLED)
+        self._module = module
+        self._functions: dict[str, Any] = {}
+
+    def function(self, name: str) -> Any:
+        if name not in self._functions:
+            self._functions[name] = self._module[name]
+        return self._functions[name]
+
+
 class NativeEngine:
     """One loaded library, the weights its functions share, and as many virtual machines as run at the same time."""
 
@@ -76,7 +90,7 @@ class NativeEngine:
         self._weights = weights
         self._params: dict[tuple[str, ...], Any] = {}
         self._tensors: dict[str, Any] = {}
-        self._idle: list[Any] = []
+        self._idle: list[_Machine] = []
         self._lock = threading.Lock()
         try:
             self._library = tvm_ffi.load_module(str(library))
@@ -105,7 +119,7 @@ class NativeEngine:
     def _invoke(self, segment: Segment, arguments: list[Any]) -> list[Any]:
         machine = self._acquire()
         try:
-            results = list(machine[segment.function](*arguments))
+            results = list(machine.function(segment.function)(*arguments))
         except Exception as error:  # tvm_ffi raises whatever type the kernel's check names
             raise BackendError(f"{segment.function} failed: {error}") from error
         # Only a machine that came through goes back: one that failed may hold half a call frame.
@@ -115,13 +129,9 @@ class NativeEngine:
             raise BackendError(f"{segment.function} gave {len(results)} values instead of {len(segment.outputs)}")
         return results
 
-    def _acquire(self) -> Any:
+    def _acquire(self) -> _Machine:
         with self._lock:
-            if self._idle:
-                return self._idle.pop()
-            machine = self._load_vm()
-        machine["vm_initialization"](_CPU, _DEVICE_ID, _POOLED)
-        return machine
+            return self._idle.pop() if self._idle else _Machine(self._load_vm())
 
     def _param_array(self, names: tuple[str, ...]) -> Any:
         with self._lock:

@@ -33,6 +33,7 @@ _ML_DTYPES = {
     "uint2",
 }
 _CPU_DEVICES = (1, 3)  # kDLCPU and kDLCUDAHost of DLPack
+_NUMPYS_OWN = 1  # dtype.isbuiltin of the dtypes that numpy itself exchanges through DLPack
 _WHOLE_BYTE = {"int4": "int8", "int2": "int8", "uint4": "uint8", "uint2": "uint8"}
 
 
@@ -56,7 +57,12 @@ def numpy_dtype(name: str) -> np.dtype[Any]:
 
 def dtype_name(array: Array) -> str:
     """Dtype name of ``array``; text of any kind is ``string``."""
-    return "string" if array.dtype.kind in "OUST" else array.dtype.newbyteorder("=").name
+    return _name(array.dtype)
+
+
+@functools.cache
+def _name(dtype: np.dtype[Any]) -> str:
+    return "string" if dtype.kind in "OUST" else dtype.newbyteorder("=").name
 
 
 def as_array(value: Any, what: str) -> Array:
@@ -116,15 +122,19 @@ def share_memory(
 def aligned_empty(nbytes: int) -> NDArray[np.uint8]:
     """Uninitialized bytes that start at a multiple of :data:`ALIGNMENT`."""
     raw = np.empty(nbytes + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -_address(raw) % ALIGNMENT
     return raw[start : start + nbytes]
+
+
+def _address(array: Array) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def compact(array: Array) -> Array:
     """``array`` itself when it is contiguous, aligned for kernels and in native byte order, else a copy that is."""
-    if array.dtype.isnative and array.flags.c_contiguous and array.ctypes.data % ALIGNMENT == 0:
+    if array.dtype.isnative and array.flags.c_contiguous and _address(array) % ALIGNMENT == 0:
         return array
-    dtype = array.dtype.newbyteorder("=")
+    dtype = array.dtype if array.dtype.isnative else array.dtype.newbyteorder("=")
     copy: Array = aligned_empty(array.size * dtype.itemsize).view(dtype).reshape(array.shape)
     copy[...] = array
     return copy
@@ -132,44 +142,37 @@ def compact(array: Array) -> Array:
 
 def _whole_bytes(array: Array) -> Array:
     """Values of less than a byte as native code takes them: integers widened, ``float4`` as its bits."""
-    if array.dtype.name == "float4_e2m1fn":
+    name = dtype_name(array)
+    if name == "float4_e2m1fn":
         return array.view(np.uint8)
-    storage = _WHOLE_BYTE.get(array.dtype.name)
-    return array.astype(storage) if storage else array
+    return array.astype(_WHOLE_BYTE[name]) if name in _WHOLE_BYTE else array
 
 
 def _from_whole_bytes(array: Array, dtype: np.dtype[Any]) -> Array:
-    if dtype.name == "float4_e2m1fn":
-        return array.view(dtype)
-    return array.astype(dtype)
+    return array.view(dtype) if dtype.name == "float4_e2m1fn" else array.astype(dtype)
 
 
 class Converter:
     """Turns arrays into TVM tensors and back. Needs the runtime to be loaded.
 
-    Both directions go through bytes and a typed view of them, because numpy's own DLPack knows neither ``bfloat16`` nor
-    ``float8``, refuses read-only arrays and gives empty ones strides that TVM does not accept.
+    numpy's own DLPack knows neither ``bfloat16`` nor ``float8``, refuses read-only arrays and gives empty ones strides
+    that TVM does not accept; these go through their bytes and a typed view of them.
     """
 
     def __init__(self, tvm_ffi: ModuleType) -> None:
         self._ffi = tvm_ffi
         self._view = tvm_ffi.get_global_func("runtime.TVMTensorCreateView")
-        self._dtypes: dict[str, Any] = {}
-
-    def _dtype(self, name: str) -> Any:
-        if name not in self._dtypes:
-            self._dtypes[name] = self._ffi.dtype(name)
-        return self._dtypes[name]
 
     def to_tvm(self, array: Array) -> Any:
         """A TVM tensor with the memory of ``array`` where :func:`compact` leaves it as it is, else with a copy."""
         array = compact(_whole_bytes(array))
-        name = array.dtype.name
-        if array.size == 0:
-            flat = aligned_empty(1)
+        if array.dtype.isbuiltin == _NUMPYS_OWN and array.size and array.flags.writeable:
+            return self._ffi.from_dlpack(array)
+        if array.size:
+            flat = share_memory(_address(array), (array.nbytes,), (1,), np.dtype(np.uint8), array)
         else:
-            flat = share_memory(array.ctypes.data, (array.nbytes,), (1,), np.dtype(np.uint8), array)
-        return self._view(self._ffi.from_dlpack(flat), self._ffi.Shape(array.shape), self._dtype(name), 0)
+            flat = aligned_empty(1)
+        return self._view(self._ffi.from_dlpack(flat), array.shape, self._ffi.dtype(dtype_name(array)), 0)
 
     def to_numpy(self, tensor: Any, dtype: np.dtype[Any] | None = None) -> Array:
         """A fresh array with the content of ``tensor``.
@@ -179,9 +182,12 @@ class Converter:
         """
         stored = numpy_dtype(str(tensor.dtype))
         shape = tuple(tensor.shape)
+        fresh: Array
         if 0 in shape:
             return np.empty(shape, dtype or stored)
-        nbytes = math.prod(shape) * stored.itemsize
-        raw = self._view(tensor, self._ffi.Shape((nbytes,)), self._dtype("uint8"), 0)
-        fresh: Array = np.from_dlpack(raw).copy().view(stored).reshape(shape)
+        if stored.isbuiltin == _NUMPYS_OWN:
+            fresh = np.from_dlpack(tensor).copy()
+        else:
+            raw = self._view(tensor, (math.prod(shape) * stored.itemsize,), self._ffi.dtype("uint8"), 0)
+            fresh = np.from_dlpack(raw).copy().view(stored).reshape(shape)
         return fresh if dtype is None or dtype == stored else _from_whole_bytes(fresh, dtype)
