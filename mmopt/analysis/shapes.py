@@ -5,9 +5,10 @@ dynamic export (``Shape → Gather → Mul → Concat → Reshape``) ends in dim
 
     x[batch, seq, 768] → Reshape(Concat(Shape(x)[:2], 12, 64)) → [batch, seq, 12, 64]
 
-Facts follow from the graph inputs and the operators alone, since passes change graphs on their strength. Annotations in
-the file are believed for operators of unknown domains only; elsewhere they fill gaps when facts are written back, and
-give way where they contradict them. Bodies of If, Loop and Scan and calls of local functions are followed. Cost: one visit a node, no weights are read or serialized.
+Facts follow from the graph inputs and the operators alone, since passes change graphs on their strength. Annotations
+in the file are believed for operators of unknown domains only; elsewhere they fill gaps when facts are written back,
+and give way where they contradict them. Bodies of If, Loop and Scan and calls of local functions are followed.
+Cost: one visit a node, no weights are read or serialized.
 """
 
 from __future__ import annotations
