@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 
 import onnx_ir as ir
@@ -12,6 +13,9 @@ from mmopt.ir.module import Module
 
 _STEPS = (7, 9, 5, 11, 13, 6, 10, 12)
 """Sizes of the symbols in order of appearance: small, distinct, and none a power of two."""
+
+_LENGTH_WORDS = re.compile("time|seq|len|step|token|frame|sample")
+"""Names of sizes that are no batch even when they come first."""
 
 _UNKNOWN_RANK = ((7,), (2, 7), (), (2, 3, 8, 8))
 
@@ -96,7 +100,7 @@ def _symbols(module: Module) -> Iterator[tuple[ir.Value, int, str]]:
 
 def _kind(value: ir.Value, axis: int, symbol: str) -> str:
     rank = len(value.shape or ())
-    if axis == 0 or "batch" in symbol.lower():
+    if "batch" in symbol.lower() or (axis == 0 and not _LENGTH_WORDS.search(symbol.lower())):
         return "batch"
     if rank in (4, 5) and axis >= rank - 2 and _is_float(value):
         return "side"

@@ -84,7 +84,9 @@ def _whole(request: Request) -> Array:
     if "index" in facts.roles:
         return _indices(request)
     if facts.compared and request.shape == ():
-        return np.asarray(facts.compared[request.variant % len(facts.compared)])
+        # Even guesses take another constant in every set, to reach every branch; odd ones stay with one.
+        shift = request.number if request.variant % 2 == 0 else 0
+        return np.asarray(facts.compared[(request.variant // 2 + shift) % len(facts.compared)])
     if facts.roles & {"mask", "to-float"} or "mask" in request.name.lower():
         return _mask(request)
     if facts.compared:
@@ -100,10 +102,9 @@ def _indices(request: Request) -> Array:
     facts, low = request.facts, request.facts.low
     high = max(request.bound() or low + 1, low + 1)
     if "lengths" in facts.roles:
-        # One sample is as long as can be, the others are shorter.
-        lengths = request.rng.integers(low, high, size=request.shape)
-        lengths.reshape(-1)[:1] = high - 1
-        return lengths
+        # The first sample of the first set is as long as can be, all others are shorter.
+        order = np.arange(math.prod(request.shape)) + request.number
+        return (high - 1 - order % (high - low)).reshape(request.shape)
     if "position" in request.name.lower() and request.shape:
         return np.broadcast_to(low + np.arange(request.shape[-1]) % (high - low), request.shape)
     ids = request.rng.integers(low, high, size=request.shape)
@@ -123,9 +124,12 @@ def _with_marks(ids: Array, request: Request, high: int) -> Array:
 
 
 def _mask(request: Request) -> Array:
-    """Ones, then zeros along the last axis; rows differ, and the first element of each is kept."""
+    """Ones, then zeros along the last axis; rows differ, and the first element of each is kept.
+
+    A single flag is set in every other set of inputs.
+    """
     if request.shape == ():
-        return np.asarray(1 - request.variant % 2)
+        return np.asarray(1 - (request.variant + request.number) % 2)
     length = request.shape[-1]
     rows = np.arange(math.prod(request.shape[:-1])) + request.number
     kept = length - rows % max(1, length // 2)

@@ -158,8 +158,7 @@ class _Maker:
         self.symbolic = any(
             value.shape is None or any(not isinstance(dim, int) for dim in value.shape) for value in self._values
         )
-        compared = [len(facts.compared) for facts in self._facts.values()]
-        self.variants = max(2, *compared) if compared else 2
+        self.variants = 2 * max([1, *(len(facts.compared) for facts in self._facts.values())])
 
     def make(self, regime: Regime, number: int, seed: int, variant: int) -> Inputs:
         shapes = concrete_shapes(self._module, regime, number=number, sizes=self._sizes)
