@@ -144,7 +144,7 @@ class KernelEmitter:
             for tensor in (*self.plan.sources, *self.outputs):
                 self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, tensor.name))
             body = self._shared_rows() if self.plan.shared else self._stages(self.plan.stages)
-        symbols = self._symbols()
+        symbols = self._symbols(body)
         params = [
             *(self.places[s].buffer for s in self.plan.sources),
             *symbols,
@@ -155,8 +155,10 @@ class KernelEmitter:
         )
         return Kernel(function, self.plan.sources, symbols, self.outputs)
 
-    def _symbols(self) -> list[Expr]:
-        found: dict[str, Expr] = {}
+    def _symbols(self, body: Stmt) -> list[Expr]:
+        """Sizes the kernel needs: in extents, and as plain operands of rules."""
+        free = tirx.analysis.undefined_vars(body)
+        found: dict[str, Expr] = {str(v.name): v for v in free if str(v.ty) == "int64"}
         for tensor in self.plan.order:
             extents = (*tensor.shape, *(tensor.axes if isinstance(tensor, Reduction) else ()))
             for extent in extents:

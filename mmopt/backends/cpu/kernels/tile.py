@@ -15,8 +15,11 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.cpu.loops import i64, loop, loops, seq, when
-from mmopt.backends.expressions import itemsize
+from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
+
+INDEPENDENT = 8
+"""Chains of multiply-adds that fill two pipelines of latency four."""
 
 ReadA = Callable[..., Expr]
 """``a(i, *k)``: one element for row ``i``."""
@@ -102,7 +105,9 @@ class RegisterTile:
 
     def __post_init__(self) -> None:
         self.width = sum(self.spans)
-        self.acc = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "acc")
+        chains = self.rows * len(self.spans)
+        self.copies = 1 if chains >= INDEPENDENT or self.width == 1 else -(-INDEPENDENT // chains)
+        self.acc = tirx.decl_buffer((i64(self.copies * self.rows * self.width),), self.dtype, "acc")
 
     def emit(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
         """Clear, accumulate over ``depth``, hand over.
@@ -113,20 +118,67 @@ class RegisterTile:
             b: Reads the right operand.
             deliver: ``deliver(row, vector, lane, value)``.
         """
+        done = self._through_memory(deliver) if self.buffered and self.rows * self.width > 1 else self._hand(deliver)
+        return seq(self.accumulate(depth, a, b), done)
 
-        def step(*k: Expr) -> Stmt:
+    def emit_rows(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
+        """Like :meth:`emit`, but ``deliver(row, lane, values)`` gets the same lane of all (full) vectors at once."""
+
+        def row(i: int) -> Stmt:
+            def lane(v: Expr) -> Stmt:
+                return deliver(i64(i), v, [self.acc[self._at(i, n, v)] for n in range(len(self.spans))])
+
+            return loop(self.lanes, lane, "vectorized", "v")
+
+        rows = (row(i) if self.limit is None else when(i64(i) < self.limit, row(i)) for i in range(self.rows))
+        return seq(self.accumulate(depth, a, b), *rows)
+
+    def accumulate(self, depth: Sequence[Expr], a: ReadA, b: ReadB) -> Stmt:
+        """Clear the accumulators and sum over ``depth``.
+
+        A tile with few accumulators keeps several copies of each and walks the depth in steps of as many, because one
+        chain of dependent multiply-adds cannot fill the pipeline.
+        """
+
+        def step(copy: int, *k: Expr) -> Stmt:
             def update(i: int, n: int, v: Expr) -> Stmt:
-                at = self._at(i, n, v)
+                at = self._at(i, n, v, copy)
                 return tirx.BufferStore(self.acc, self.acc[at] + a(i64(i), *k) * b(i64(n), v, *k), [at])
 
             return self._each(update)
 
-        clear = self._each(lambda i, n, v: tirx.BufferStore(self.acc, tirx.const(0, self.dtype), [self._at(i, n, v)]))
-        done = self._through_memory(deliver) if self.buffered and self.rows * self.width > 1 else self._hand(deliver)
-        return seq(tirx.AllocBuffer(self.acc), clear, loops(depth, step, "k"), done)
+        def clear(copy: int) -> Stmt:
+            zero = tirx.const(0, self.dtype)
+            return self._each(lambda i, n, v: tirx.BufferStore(self.acc, zero, [self._at(i, n, v, copy)]))
 
-    def _at(self, i: int, n: int, v: Expr) -> Expr:
-        return i64(i * self.width + n * self.lanes) + v
+        def fold(copy: int) -> Stmt:
+            def add(i: int, n: int, v: Expr) -> Stmt:
+                at = self._at(i, n, v)
+                return tirx.BufferStore(self.acc, self.acc[at] + self.acc[self._at(i, n, v, copy)], [at])
+
+            return self._each(add)
+
+        *outer, inner = depth
+        blocks = simplify(tirx.floordiv(inner, i64(self.copies)))
+        rest = simplify(tirx.floormod(inner, i64(self.copies)))
+
+        def walk(*at: Expr) -> Stmt:
+            def block(k: Expr) -> Stmt:
+                return seq(*(step(c, *at, k * self.copies + c) for c in range(self.copies)))
+
+            tail = loop(rest, lambda k: step(0, *at, blocks * self.copies + k), name="k")
+            return seq(loop(blocks, block, name="k"), tail if self.copies > 1 else None)
+
+        copies = range(self.copies)
+        return seq(
+            tirx.AllocBuffer(self.acc),
+            *(clear(c) for c in copies),
+            loops(outer, walk, "k"),
+            *(fold(c) for c in copies if c),
+        )
+
+    def _at(self, i: int, n: int, v: Expr, copy: int = 0) -> Expr:
+        return i64((copy * self.rows + i) * self.width + n * self.lanes) + v
 
     def _row(self, i: int, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
         return seq(
@@ -146,7 +198,7 @@ class RegisterTile:
         return seq(*(when(i64(i) < self.limit, self._row(i, hand)) for i in range(self.rows)))
 
     def _through_memory(self, deliver: Callable[..., Stmt]) -> Stmt:
-        copy = tirx.decl_buffer(self.acc.shape, self.dtype, "done")
+        copy = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
         save = self._each(lambda i, n, v: tirx.BufferStore(copy, self.acc[self._at(i, n, v)], [self._at(i, n, v)]))
 
         def vector(i: Expr, n: Expr, used: int) -> Stmt:
