@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
@@ -138,12 +139,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], *, title: st
 
 
 def _is_number(cell: object) -> bool:
-    text = str(cell).strip().rstrip("%x").split(" ")[0].replace(",", "")
-    try:
-        float(text)
-    except ValueError:
-        return text in ("", "-")
-    return True
+    text = str(cell).strip()
+    return text in ("", "-", "?") or re.match(r"[-+]?[\d,]*\.?\d+(e[-+]?\d+)?( ?[a-zA-Zµ%]{0,2})?$", text) is not None
 
 
 def size_text(nbytes: float) -> str:

@@ -1,0 +1,39 @@
+"""``mmopt inspect``: what is in a model or an artifact."""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Annotated
+
+import typer
+
+from mmopt.cli.output import JsonFile, Output, Quiet, Verbose
+from mmopt.runtime.store import is_artifact
+
+app = typer.Typer(rich_markup_mode=None, add_completion=False)
+
+
+@app.command()
+def inspect(
+    what: Annotated[str, typer.Argument(metavar="MODEL|ARTIFACT", help="What to look at.")],
+    target: Annotated[str, typer.Option(metavar="NAME|FILE.toml", help="Hardware to ask about.")] = "cpu",
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NAME:1x128", help="Shape of an input, for figures that depend on it.")
+    ] = None,
+    modality: Annotated[list[str] | None, typer.Option(metavar="NAME=image", help="Say what an input is.")] = None,
+    trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
+    json: JsonFile = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Show towers, parameters and FLOPs, operators, and what runs natively and what does not, with the reason."""
+    show = Output(verbose, quiet, json)
+    path = pathlib.Path(what)
+    if path.is_dir() or what.endswith((".mmopt", ".zip")) or is_artifact(path):
+        from mmopt.cli.inspecting_artifact import inspect_artifact
+
+        inspect_artifact(path, show)
+        return
+    from mmopt.cli.inspecting_model import inspect_model
+
+    inspect_model(what, target, tuple(shape or ()), tuple(modality or ()), trust_code, show)
