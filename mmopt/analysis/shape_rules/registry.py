@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.analysis.dims import Size
+from mmopt.analysis.dims import Dim, Size
 
 Shape = tuple[Size | None, ...] | None
 """Dimensions of a tensor; ``None`` for an unknown dimension, or for an unknown rank."""
@@ -174,4 +174,18 @@ def _broadcast_dim(dims: list[Size | None]) -> Size | None:
     fixed = [dim for dim in others if isinstance(dim, int)]
     if fixed:
         return fixed[0]
-    return others[0] if all(dim == others[0] for dim in others) else None
+    return next((dim for dim in others if all(dim == other or _is_clipped(other, dim) for other in others)), None)
+
+
+def _is_clipped(dim: Size | None, size: Size | None) -> bool:
+    """Whether ``dim`` is ``Min(size, n)`` with n > 1, as of a table of n positions cut to ``size`` of them.
+
+    Next to ``size`` itself such a dimension broadcasts only where it equals it: it is 1 only where ``size`` is.
+    """
+    if not isinstance(dim, Dim) or size is None or len(dim.terms) != 1:
+        return False
+    ((monomial, factor),) = dim.terms.items()
+    if factor != 1 or len(monomial) != 1 or monomial[0].op != "Min":
+        return False
+    bounds = [arg for arg in monomial[0].args if arg != size]
+    return len(bounds) == 1 and isinstance(bounds[0], int) and bounds[0] > 1

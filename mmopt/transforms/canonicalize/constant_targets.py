@@ -26,10 +26,12 @@ def _reshape(node: ir.Node, rewriter: Rewriter) -> bool:
     before, after = rewriter.shape(node.inputs[0]), rewriter.shape(node.outputs[0])
     if len(node.inputs) != 2 or before is None or after is None or constant_ints(node.inputs[1]) is not None:
         return False
-    if integer(node, "allowzero", 0) != 0:
-        return rewriter.miss(node, "Reshape computes its target, and allowzero keeps 0 from copying a size")
     target = _reshape_target(before, after)
-    return target is not None and _set_target(node, rewriter, target)
+    if target is None or integer(node, "allowzero", 0) is None:
+        return False
+    # Under allowzero a 0 would be an empty axis. The new target has no such 0, so it does not need the attribute.
+    node.attributes.pop("allowzero", None)
+    return _set_target(node, rewriter, target)
 
 
 def _reshape_target(before: Sequence[Size | None], after: Sequence[Size | None]) -> list[int] | None:
@@ -41,6 +43,8 @@ def _reshape_target(before: Sequence[Size | None], after: Sequence[Size | None])
             target.append(size)
         elif axis < len(before) and before[axis] == size:
             target.append(0)
+        elif size == 0:
+            return None
         else:
             target.append(-1)
     return target if target.count(-1) + (0 in target and -1 in target) <= 1 else None
