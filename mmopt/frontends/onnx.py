@@ -23,7 +23,6 @@ from mmopt.ir.module import Module, initializer_bytes
 SOURCE = "load-onnx"
 """Source of the remarks this frontend leaves."""
 
-_OLDEST_OPSET = 7
 _PROTOBUF_LIMIT = (1 << 31) - 1
 _EXTERNAL_FROM = 1 << 20
 
@@ -105,15 +104,15 @@ def _parse(path: pathlib.Path) -> onnx.ModelProto:
 def _from_before_opset_7(proto: onnx.ModelProto, remarks: list[str]) -> onnx.ModelProto:
     """Bring a model older than opset 7 to opset 7 with onnx's own converter, whose realm these few rules are."""
     old = [entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")]
-    if not old or old[0] >= _OLDEST_OPSET:
+    if not old or old[0] >= opset.OLDEST_OPSET:
         return proto
     if _has_channel_prelu(proto):
         remarks.append(f"PRelu broadcast another way before opset 7; the model stays at opset {old[0]}")
         return proto
     try:
-        converted = onnx.version_converter.convert_version(proto, _OLDEST_OPSET)
+        converted = onnx.version_converter.convert_version(proto, opset.OLDEST_OPSET)
     except Exception as error:  # the C++ converter raises several types, RuntimeError among them
-        remarks.append(f"opset {old[0]} could not be converted to {_OLDEST_OPSET}: {str(error).splitlines()[0]}")
+        remarks.append(f"opset {old[0]} could not be converted to {opset.OLDEST_OPSET}: {str(error).splitlines()[0]}")
         return proto
     converted.ir_version = proto.ir_version
     return converted

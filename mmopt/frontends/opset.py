@@ -18,6 +18,9 @@ from mmopt.frontends.opset_changes import CannotConvertError, Editor, changes_af
 WORKING_OPSET = 23
 """Default-domain opset every module is brought to: the newest one whose kernels all supported onnxruntimes have."""
 
+OLDEST_OPSET = 7
+"""Oldest opset the conversion knows."""
+
 WORKING_IR_VERSION = 11
 """IR version that belongs to :data:`WORKING_OPSET`."""
 
@@ -26,7 +29,8 @@ _RANDOM = ("Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "Rand
 _WITHOUT_NEW_KERNEL = frozenset((*_RANDOM, "GlobalLpPool", "LpNormalization", "MaxRoiPool", "RoiAlign"))
 """Operators that got a new version in opset 22 (more dtypes, nothing else) for which onnxruntime has no kernel."""
 
-_NEWEST_WORKING_DTYPE = int(ir.DataType.FLOAT4E2M1)
+_NEWEST_DTYPE = ((28, ir.DataType.FLOAT6E3M2), (25, ir.DataType.INT2), (24, ir.DataType.FLOAT8E8M0))
+"""From which opset on which dtype is the newest; before, it is FLOAT4E2M1."""
 
 
 def to_working_opset(model: ir.Model) -> tuple[ir.Model, str]:
@@ -60,6 +64,9 @@ def _name_default_domain(model: ir.Model) -> None:
 
 
 def _raise(model: ir.Model) -> tuple[ir.Model, str]:
+    oldest = min(scope.opset_imports.get("", WORKING_OPSET) for scope in _scopes(model))
+    if oldest < OLDEST_OPSET:
+        return model, f"opset {oldest} is older than {OLDEST_OPSET}; the model stays there"
     try:
         unknown = next(_unknown_nodes(model), None)
         if unknown is not None:
@@ -165,7 +172,7 @@ def _fits(node: ir.Node, version: int, newest: int) -> bool:
     return (
         set(node.attributes) <= set(old.attributes)
         and len(node.inputs) <= old.max_input
-        and not _uses_new_dtype(node)
+        and not _uses_new_dtype(node, version)
         and _types_allowed(node.inputs, old.inputs)
         and _types_allowed(node.outputs, old.outputs)
     )
@@ -180,18 +187,23 @@ def _types_allowed(values: Sequence[ir.Value | None], parameters: Sequence[onnx.
     return True
 
 
-def _uses_new_dtype(node: ir.Node) -> bool:
-    """Whether an attribute names, or holds, a dtype younger than the working opset."""
+def _newest_dtype(version: int) -> ir.DataType:
+    return next((dtype for since, dtype in _NEWEST_DTYPE if version >= since), ir.DataType.FLOAT4E2M1)
+
+
+def _uses_new_dtype(node: ir.Node, version: int) -> bool:
+    """Whether an attribute names, or holds, a dtype younger than opset ``version``."""
+    newest = _newest_dtype(version)
     for name in ("to", "dtype", "output_dtype"):
         attr = node.attributes.get(name)
-        if attr is not None and not attr.is_ref() and attr.as_int() > _NEWEST_WORKING_DTYPE:
+        if attr is not None and not attr.is_ref() and attr.as_int() > newest:
             return True
     value = node.attributes.get("value")
     return (
         value is not None
         and value.type == ir.AttributeType.TENSOR
         and not value.is_ref()
-        and int(value.as_tensor().dtype) > _NEWEST_WORKING_DTYPE
+        and value.as_tensor().dtype > newest
     )
 
 
@@ -211,6 +223,6 @@ def _set_ir_version(model: ir.Model) -> None:
     by_opset = needed.get(("ai.onnx", opset), max(needed.values()))
     dtypes = {int(v.dtype) for g in model.graphs() for v in g.initializers.values() if v.dtype is not None}
     dtypes |= {int(v.dtype) for v in (*model.graph.inputs, *model.graph.outputs) if v.dtype is not None}
-    if max(dtypes, default=0) > _NEWEST_WORKING_DTYPE:
+    if max(dtypes, default=0) > _newest_dtype(opset):
         by_opset = max(by_opset, model.ir_version)
     model.ir_version = max(by_opset, WORKING_IR_VERSION)
