@@ -19,8 +19,10 @@ import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
 import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
 
 from mmopt.analysis.shape_rules import Shape
+from mmopt.analysis.shape_rules.types import from_ir_shape
 from mmopt.analysis.shapes import infer_shapes
 from mmopt.ir.module import Module
 
@@ -77,10 +79,10 @@ class FlatGraph:
 
     Args:
         model: A model free of calls of local functions.
-        names: Name for people of every node of the original main graph.
+        originals: The nodes of the main graph before calls were inlined.
     """
 
-    def __init__(self, model: ir.Model, names: Sequence[str]) -> None:
+    def __init__(self, model: ir.Model, originals: Sequence[ir.Node]) -> None:
         graph = model.graph
         self.values: list[ir.Value] = []
         self.nodes: list[FlatNode] = []
@@ -88,6 +90,8 @@ class FlatGraph:
         self.consumers: list[list[int]] = []
         self.facts = infer_shapes(model)
         self._numbers: dict[ir.Value, int] = {}
+        self._originals = originals
+        names = [node.name or f"{node.op_type}#{position}" for position, node in enumerate(originals)]
         self.inputs = [self.number(v) for v in graph.inputs]
         for position, node in enumerate(graph):
             origin = int(node.metadata_props.get(_ORIGIN, position))
@@ -124,8 +128,14 @@ class FlatGraph:
         return value
 
     def dims(self, value: int) -> Shape:
-        """Dimensions, an ``int``, a symbolic size or ``None`` each; ``None`` when even the rank is unknown."""
-        return self.facts.shape(self.values[value])
+        """Dimensions, an ``int``, a symbolic size or ``None`` each; ``None`` when even the rank is unknown.
+
+        Gaps in what was inferred are filled from the annotation: good enough to describe a model, not to rewrite it.
+        """
+        inferred, declared = self.facts.shape(self.values[value]), from_ir_shape(self.values[value].shape)
+        if inferred is None or declared is None or len(inferred) != len(declared):
+            return declared if inferred is None else inferred
+        return tuple(theirs if mine is None else mine for mine, theirs in zip(inferred, declared, strict=True))
 
     def rank(self, value: int) -> int | None:
         """Rank, where it is known."""
@@ -139,6 +149,19 @@ class FlatGraph:
     def name(self, value: int) -> str:
         """The value's name, for people."""
         return self.values[value].name or ""
+
+    def place(self, value: int) -> tuple[int, int] | None:
+        """Where a value is found in the original main graph: (position of the node, or -1 for inputs; position).
+
+        ``None`` for values inside bodies and calls.
+        """
+        if self.producer[value] < 0:
+            return (-1, self.inputs.index(value)) if value in self.inputs else None
+        node = self.nodes[self.producer[value]]
+        for position, output in enumerate(self._originals[node.origin].outputs if not node.scope else ()):
+            if output is self.values[value] or (output.name and output.name == self.values[value].name):
+                return node.origin, position
+        return None
 
     def _link(self) -> None:
         self.producer = [-1] * len(self.values)
@@ -173,9 +196,7 @@ class FlatGraph:
     ) -> None:
         self.nodes.append(FlatNode(len(self.nodes), op, tuple(inputs), tuple(outputs), node, origin, name, scope))
 
-    def _add_body(
-        self, node: ir.Node, which: int, body: ir.Graph, origin: int, name: str, scope: Scope
-    ) -> list[int]:
+    def _add_body(self, node: ir.Node, which: int, body: ir.Graph, origin: int, name: str, scope: Scope) -> list[int]:
         """Spread out a body; returns the numbers of its outputs."""
         inner = (*scope, (node, which))
         for position, child in enumerate(body):
@@ -252,12 +273,11 @@ def without_functions(module: Module) -> ir.Model:
     copy = module.model.clone()
     for position, node in enumerate(copy.graph):
         node.metadata_props[_ORIGIN] = str(position)
-    ir.passes.common.InlinePass()(copy)
+    InlinePass()(copy)
     return copy
 
 
 def flatten(module: Module) -> FlatGraph:
     """The flat view of a module; time and memory grow with the number of nodes after inlining."""
     model = without_functions(module)
-    names = [node.name or f"{node.op_type}#{position}" for position, node in enumerate(module.graph)]
-    return FlatGraph(model, names)
+    return FlatGraph(model, list(module.graph))

@@ -85,9 +85,7 @@ def bits(mask: int) -> list[int]:
     return [k for k in range(mask.bit_length()) if mask >> k & 1]
 
 
-def _embedding_sums(
-    graph: FlatGraph, streams: Streams, findings: list[Finding], uses: list[list[Use]]
-) -> _Sums:
+def _embedding_sums(graph: FlatGraph, streams: Streams, findings: list[Finding], uses: list[list[Use]]) -> _Sums:
     """Follow embeddings forward through sums until they are processed."""
     embedded = [0] * len(graph.values)
     for k, found in enumerate(uses):
@@ -237,7 +235,9 @@ def _is_raw(graph: FlatGraph, node: FlatNode, streams: Streams) -> bool:
         return True
     if node.op in ops.ARITHMETIC:
         return sum(1 for v in node.inputs if v >= 0 and streams.reach(v)) == 1
-    return node.op in ops.LAYOUT or node.op in ops.SELECTION or node.op in ops.NORMS or node.op.startswith(ops.TRADITIONAL)
+    return (
+        node.op in ops.LAYOUT or node.op in ops.SELECTION or node.op in ops.NORMS or node.op.startswith(ops.TRADITIONAL)
+    )
 
 
 def _owner(

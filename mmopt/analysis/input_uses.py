@@ -162,7 +162,7 @@ class _Walk:
             return self._recurrent(node, value, path, position)
         if node.op in ops.ATTENTIONS:
             return self._note("meets", node, value, path, others=self._others(node, value))
-        data, weight = (ops.CONVOLUTIONS.get(node.op) or ops.PRODUCTS[node.op])
+        data, weight = ops.CONVOLUTIONS.get(node.op) or ops.PRODUCTS[node.op]
         if position == weight:
             data, weight = weight, data
         other = node.inputs[weight] if weight < len(node.inputs) else value
