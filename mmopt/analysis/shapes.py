@@ -14,173 +14,74 @@ Cost: one visit a node, no weights are read or serialized.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from mmopt.analysis import dims
 from mmopt.analysis.dims import DimTooComplex, Size
+from mmopt.analysis.shape_facts import (
+    Fact,
+    ShapeFacts,
+    annotate,
+    checked_elements,
+    declared_fact,
+    filled,
+    tensor_elements,
+)
 from mmopt.analysis.shape_rules import (
-    MAX_ELEMENTS,
     ONNX_DOMAINS,
     SHAPE_RULES,
     VALUE_RULES,
-    Elements,
     NodeView,
     Shape,
     constant_tensor,
 )
-from mmopt.analysis.shape_rules.types import Typed, from_ir_shape, infer_by_onnx, output_types, to_ir_shape
+from mmopt.analysis.shape_rules.types import from_ir_shape, infer_by_onnx, output_types
 
 _MALFORMED = (IndexError, ValueError, TypeError, ZeroDivisionError, StopIteration, OverflowError, DimTooComplex)
 """What a rule raises on a node that breaks the standard or outgrows the arithmetic: its outputs are unknown."""
 
 _MAX_LOOP_ROUNDS = 4
-_LIMITS = {
-    ir.DataType.INT64: 1 << 63,
-    ir.DataType.INT32: 1 << 31,
-    ir.DataType.BOOL: 2,
-    ir.DataType.FLOAT: 1 << 24,
-    ir.DataType.DOUBLE: 1 << 53,
-}
-"""Element types whose whole numbers are followed, and the size from which they would wrap or round."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """What is known of one value.
-
-    Attributes:
-        shape: Dimensions; ``None`` for an unknown dimension or rank.
-        elements: Elements of a small integer, bool or whole-number float tensor of rank 0 or 1.
-        type: Tensor, sequence or optional type.
-    """
-
-    shape: Shape = None
-    elements: Elements = None
-    type: ir.TypeProtocol | None = None
-
-
-class ShapeFacts:
-    """Inferred facts of every value of a model. Build with :func:`infer_shapes`.
-
-    Attributes:
-        varying: Values inside loops that change their shape from trip to trip, so that an annotation, which describes
-            one trip at best, says nothing.
-    """
-
-    def __init__(self) -> None:
-        self._facts: dict[ir.Value, Fact] = {}
-        self.varying: set[ir.Value] = set()
-
-    def fact(self, value: ir.Value) -> Fact:
-        """Everything known of ``value``."""
-        fact = self._facts.get(value)
-        if fact is None:
-            fact = self._facts[value] = declared_fact(value)
-        return fact
-
-    def set(self, value: ir.Value, fact: Fact) -> None:
-        """Record what is known of ``value``."""
-        self._facts[value] = fact
-
-    def shape(self, value: ir.Value) -> Shape:
-        """Inferred shape."""
-        return self.fact(value).shape
-
-    def elements(self, value: ir.Value) -> Elements:
-        """Inferred elements of a tensor of sizes."""
-        return self.fact(value).elements
-
-    def dtype(self, value: ir.Value) -> ir.DataType | None:
-        """Inferred element type of a tensor."""
-        kind = self.fact(value).type
-        return kind.dtype if isinstance(kind, ir.TensorType) else None
-
-    def type(self, value: ir.Value) -> ir.TypeProtocol | None:
-        """Inferred type."""
-        return self.fact(value).type
 
 
 def infer_shapes(model: ir.Model) -> ShapeFacts:
     """Infer shapes, element types and small integer contents of every value of ``model``, which is not changed."""
-    inference = _Inference(model, ShapeFacts(), {})
-    inference.graph(model.graph)
-    return inference.facts
+    facts = ShapeFacts()
+    for value, shape in input_shapes(model).items():
+        facts.set(value, dataclasses.replace(declared_fact(value), shape=shape))
+    _Inference(model, facts, {}).graph(model.graph)
+    return facts
 
 
-def annotate(
-    model: ir.Model, facts: ShapeFacts, on_conflict: Callable[[ir.Value, ir.Shape], None] | None = None
-) -> bool:
-    """Write ``facts`` onto the values inside ``model``. Inputs and outputs of the main graph are its contract and stay.
+def input_shapes(model: ir.Model) -> dict[ir.Value, Shape]:
+    """Shapes of the inputs of the main graph, every dimension with a name or number.
 
-    Args:
-        model: The model the facts are about.
-        facts: Result of :func:`infer_shapes`.
-        on_conflict: Called with a value and its inferred shape before an annotation that contradicts it is replaced.
-
-    Returns:
-        Whether any annotation changed.
+    Dimension 0 of an input ``x`` that the model leaves unnamed is called ``x_d0`` (``x_d0_1``, … if that is taken).
     """
-    changed = False
-    kept = {*model.graph.inputs, *model.graph.outputs}
-    for graph in model.graphs():
-        values = [*graph.inputs, *graph.initializers.values(), *(o for node in graph for o in node.outputs if o.name)]
-        for value in values:
-            if value not in kept:
-                changed |= _annotate_value(value, facts.fact(value), value in facts.varying, on_conflict)
-    return changed
+    declared = {value: from_ir_shape(value.shape) for value in model.graph.inputs}
+    taken = {
+        name for shape in declared.values() for dim in shape or () if dim is not None for name in dims.symbols(dim)
+    }
+    return {value: _named(value, shape, taken) for value, shape in declared.items()}
 
 
-def _annotate_value(
-    value: ir.Value, fact: Fact, varies: bool, on_conflict: Callable[[ir.Value, ir.Shape], None] | None
-) -> bool:
-    changed = False
-    if fact.type is not None and value.type != fact.type:
-        value.type, changed = fact.type, True
-    dims = fact.shape if varies else _filled(fact.shape, from_ir_shape(value.shape))
-    shape = None if dims is None else to_ir_shape(dims)
-    if shape is not None and value.shape != shape:
-        if on_conflict is not None and _contradicts(value.shape, shape):
-            on_conflict(value, shape)
-        value.shape, changed = shape, True
-    return changed
-
-
-def _filled(shape: Shape, annotation: Shape) -> Shape:
-    """``shape`` with its gaps filled from an annotation of the same rank."""
-    if shape is None or annotation is None or len(shape) != len(annotation):
-        return annotation if shape is None else shape
-    return tuple(b if a is None else a for a, b in zip(shape, annotation, strict=True))
-
-
-def _contradicts(annotation: ir.Shape | None, inferred: ir.Shape) -> bool:
-    """Whether an annotation says something false: another rank, another number, or a number for what varies."""
-    if annotation is None:
-        return False
-    if len(annotation) != len(inferred):
-        return True
-    return any(isinstance(a, int) and a != b for a, b in zip(annotation, inferred, strict=True))
-
-
-def declared_fact(value: ir.Value) -> Fact:
-    """What a value says of itself: the contents of an initializer, else its annotation."""
-    tensor = constant_tensor(value)
-    if tensor is None:
-        return Fact(from_ir_shape(value.shape), None, value.type)
-    shape = tuple(int(dim) for dim in tensor.shape.numpy())
-    return Fact(shape, tensor_elements(tensor), value.type or ir.TensorType(tensor.dtype))
-
-
-def tensor_elements(tensor: ir.TensorProtocol) -> Elements:
-    """The elements of a small tensor of rank 0 or 1 when all are whole numbers."""
-    if len(tensor.shape) > 1 or tensor.size > MAX_ELEMENTS or tensor.dtype not in _LIMITS:
-        return None
-    array = np.asarray(tensor.numpy()).reshape(-1)
-    if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.floor(array)).all()):
-        return None
-    return tuple(int(element) for element in array.tolist())
+def _named(value: ir.Value, shape: Shape, taken: set[str]) -> Shape:
+    if shape is None or None not in shape:
+        return shape
+    named = list(shape)
+    for axis, dim in enumerate(shape):
+        if dim is None:
+            base = re.sub(r"\W", "_", f"{value.name}_d{axis}")
+            base = base if base[0].isalpha() else f"d_{base}"
+            numbered = (f"{base}_{i}" for i in itertools.count(1))
+            name = next(n for n in itertools.chain([base], numbered) if n not in taken)
+            taken.add(name)
+            named[axis] = dims.symbol(name)
+    return tuple(named)
 
 
 class _Inference:
@@ -235,7 +136,7 @@ class _Inference:
         value_rule = VALUE_RULES.get(node.op_type) if own else None
         facts = [Fact(shape, None, kind) for shape, kind in zip(shapes, types, strict=False)]
         if value_rule is not None and facts and shapes[0] is not None and len(shapes[0]) <= 1:
-            facts[0] = dataclasses.replace(facts[0], elements=_checked(value_rule(view), shapes[0], types[0]))
+            facts[0] = dataclasses.replace(facts[0], elements=checked_elements(value_rule(view), shapes[0], types[0]))
         return facts
 
     def _with_annotation(self, fact: Fact, node: ir.Node, value: ir.Value) -> Fact:
@@ -243,7 +144,7 @@ class _Inference:
         kind = fact.type if fact.type is not None else value.type
         shape = fact.shape
         if node.domain not in ONNX_DOMAINS and self._trusting:
-            shape = _filled(shape, from_ir_shape(value.shape))
+            shape = filled(shape, from_ir_shape(value.shape))
         if not self._trusting:
             self.facts.varying.add(value)
         return Fact(shape, fact.elements, kind) if shape is not fact.shape or kind is not fact.type else fact
@@ -363,16 +264,6 @@ def _has_references(node: ir.Node) -> bool:
     return any(attribute.is_ref() for attribute in node.attributes.values())
 
 
-def _checked(elements: Elements, shape: tuple[Size | None, ...], kind: ir.TypeProtocol | None) -> Elements:
-    """``elements`` when they fit the shape and the type; a number the type cannot hold exactly becomes unknown."""
-    limit = _LIMITS.get(kind.dtype, 0) if isinstance(kind, ir.TensorType) else 0
-    if elements is None or not limit or (shape and shape[0] != len(elements)) or len(elements) > MAX_ELEMENTS:
-        return None
-    if not shape and len(elements) != 1:
-        return None
-    return tuple(None if isinstance(e, int) and not -limit <= e < limit else e for e in elements)
-
-
 def _common(a: Fact, b: Fact) -> Fact:
     """What holds for a value that is either ``a`` or ``b``."""
     kind = a.type if a.type is not None else b.type
@@ -401,11 +292,4 @@ def _runs_to_the_end(view: NodeView, body: ir.Graph) -> bool:
     return condition is body.inputs[1] or (tensor is not None and bool(np.all(tensor.numpy())))
 
 
-def sizes_equal(a: ir.Shape | None, b: ir.Shape | None) -> bool:
-    """Whether two annotations certainly describe the same shape; unknown dimensions equal nothing."""
-    if a is None or b is None or len(a) != len(b) or a.has_unknown_dim() or b.has_unknown_dim():
-        return False
-    return all(x == y for x, y in zip(a, b, strict=False)) or from_ir_shape(a) == from_ir_shape(b)
-
-
-__all__ = ["Fact", "ShapeFacts", "Typed", "annotate", "dims", "infer_shapes", "sizes_equal", "tensor_elements"]
+__all__ = ["Fact", "ShapeFacts", "annotate", "infer_shapes", "input_shapes", "tensor_elements"]
