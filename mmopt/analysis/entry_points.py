@@ -227,7 +227,7 @@ def _finish(module: Module, graph: ir.Graph, what: str) -> Module:
         producer_version=module.model.producer_version,
         functions=[function.clone() for function in module.model.functions.values()],
     )
-    RemoveUnusedFunctionsPass()(model)
+    RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
     names = {v.name for v in graph.inputs}
     kept = {name: modality for name, modality in module.modalities.items() if name in names}
     return Module(model, kept, [], [*module.provenance, what]).clone()

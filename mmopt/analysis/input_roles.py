@@ -14,7 +14,7 @@ from mmopt.analysis.streams import Streams
 from mmopt.ir.modality import Modality
 
 MEL_BANDS = range(10, 258)
-"""Features per frame that speech front ends use: from 10 cepstral coefficients to the 257 bins of a 512-point spectrum."""
+"""Features per frame of speech front ends: from 10 cepstral coefficients to the 257 bins of a 512-point spectrum."""
 
 MIN_WAVE = 240
 """Fewest samples that count as a waveform: 15 ms at 16 kHz."""

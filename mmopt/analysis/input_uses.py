@@ -116,8 +116,10 @@ class _Walk:
 
     def _note(
         self, kind: str, node: FlatNode, value: int, path: Path, size: int = 0, others: tuple[int, ...] = ()
-    ) -> None:
+    ) -> Path | None:
+        """Note a use: the walk ends here, so there is no path behind it."""
         self.uses.append(Use(kind, node, value, path, size, (), others))
+        return None
 
     def _others(self, node: FlatNode, value: int) -> tuple[int, ...]:
         """Inputs that carry something besides this input's own data."""
@@ -174,12 +176,13 @@ class _Walk:
             return self._note("wave", node, value, path)
         return self._note("dense", node, value, path, size=_features(self.graph, node, value))
 
-    def _convolve(self, node: FlatNode, value: int, path: Path, weight: int) -> None:
+    def _convolve(self, node: FlatNode, value: int, path: Path, weight: int) -> Path | None:
         dims = self.graph.dims(weight) or ()
         sizes = [d if isinstance(d, int) else 0 for d in dims]
         turned = node.op == "ConvTranspose"
         channels = 0 if not sizes else sizes[0] if turned else sizes[1] * node.node.attributes.get_int("group", 1)
         self.uses.append(Use("convolution", node, value, path, channels, tuple(sizes[2:])))
+        return None
 
     def _is_wave(self, node: FlatNode) -> bool:
         """Whether the product is with the frequencies of a sinusoidal embedding: sine or cosine follows."""
@@ -193,7 +196,7 @@ class _Walk:
             value = following[0].outputs[0]
         return False
 
-    def _recurrent(self, node: FlatNode, value: int, path: Path, position: int) -> None:
+    def _recurrent(self, node: FlatNode, value: int, path: Path, position: int) -> Path | None:
         if position in (5, 6):
             return self._note("state", node, value, path, others=(node.inputs[0],))
         if position != 0:

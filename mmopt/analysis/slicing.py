@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
-from typing import Union
 
 import numpy as np
 import onnx_ir as ir
@@ -12,7 +11,7 @@ import onnx_ir as ir
 from mmopt.analysis.dims import Size
 from mmopt.analysis.shapes import ShapeFacts
 
-SizeSource = Union[int, tuple[ir.Value, int]]
+SizeSource = int | tuple[ir.Value, int]
 """Where a size comes from: a number, or an axis of a value."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -84,7 +84,7 @@ class Parts:
         assert tensor is not None
         array = np.ascontiguousarray(tensor.numpy())
         constant = bool((array == array.reshape(-1)[0]).all())
-        return ("constant", value) if constant else hashlib.sha256(array.view(np.uint8).reshape(-1)).digest()
+        return ("constant", value) if constant else hashlib.sha256(array.tobytes()).digest()
 
 
 def _using_parts(graph: FlatGraph, owner: Sequence[int]) -> list[int]:
@@ -98,9 +98,9 @@ def _using_parts(graph: FlatGraph, owner: Sequence[int]) -> list[int]:
     return users
 
 
-def _union(masks: object) -> int:
+def _union(masks: Iterable[int]) -> int:
     result = 0
-    for mask in masks:  # type: ignore[attr-defined]
+    for mask in masks:
         result |= mask
     return result
 

@@ -93,7 +93,7 @@ class _Walk:
         A leading block starts at several values and may hold linear layers and selections (keys and values of
         attention); other blocks may hold a linear layer only when they are nothing else.
         """
-        frontier, nodes = set(values), []
+        frontier, nodes = set(values), list[int]()
         while frontier:
             latest = max(frontier, key=lambda v: self.graph.producer[v])
             node = self.graph.made_by(latest)

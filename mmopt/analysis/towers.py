@@ -161,9 +161,9 @@ class _Structure:
         for value in range(len(graph.values)):
             maker = graph.made_by(value)
             inside = maker is not None and maker.origin in mixed
-            if self.is_pure(value, tower) and not inside:
-                if any(graph.nodes[k].origin in mixed for k in graph.consumers[value]):
-                    found.append(value)
+            taken = any(graph.nodes[k].origin in mixed for k in graph.consumers[value])
+            if taken and not inside and self.is_pure(value, tower):
+                found.append(value)
         return found if all(graph.made_by(v) is not None and graph.place(v) for v in found) else []
 
 
