@@ -121,14 +121,19 @@ class RegisterTile:
         done = self._through_memory(deliver) if self.buffered and self.rows * self.width > 1 else self._hand(deliver)
         return seq(self.accumulate(depth, a, b), done)
 
-    def emit_rows(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
-        """Like :meth:`emit`, but ``deliver(row, lane, values)`` gets the same lane of all (full) vectors at once."""
+    def emit_rows(
+        self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt], used: int | None = None
+    ) -> Stmt:
+        """Like :meth:`emit`, but ``deliver(row, lane, values)`` gets the same lane of all (full) vectors at once.
+
+        Only the first ``used`` lanes are delivered when given.
+        """
 
         def row(i: int) -> Stmt:
             def lane(v: Expr) -> Stmt:
                 return deliver(i64(i), v, [self.acc[self._at(i, n, v)] for n in range(len(self.spans))])
 
-            return loop(self.lanes, lane, "vectorized", "v")
+            return loop(used or self.lanes, lane, "vectorized", "v")
 
         rows = (row(i) if self.limit is None else when(i64(i) < self.limit, row(i)) for i in range(self.rows))
         return seq(self.accumulate(depth, a, b), *rows)

@@ -1,0 +1,318 @@
+"""LSTM, GRU and RNN: one product for the inputs of all steps, then the recurrence template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from tvm import tirx
+from tvm.ir import Expr
+from tvm.tirx import Stmt
+
+from mmopt.backends.compute import Map, Tensor, index
+from mmopt.backends.cpu.kernels.recurrent import Cell, Point, Recurrence
+from mmopt.backends.cpu.kernels.tile import lanes_of
+from mmopt.backends.cpu.loops import i64, seq, static
+from mmopt.lowering.ops.matmul import product_of
+from mmopt.lowering.registry import OpNode, lowers
+from mmopt.lowering.values import NotLowered, Value
+
+Activation = Callable[[Expr], Expr]
+
+
+def _const(x: Expr, value: float) -> Expr:
+    return tirx.const(value, str(x.ty))
+
+
+def activation(name: str, alpha: float | None, beta: float | None) -> Activation:
+    """The activation function ``name`` of the recurrent operators.
+
+    Raises:
+        NotLowered: Not one of the standard's.
+    """
+
+    def pick(value: float | None, default: float) -> float:
+        return default if value is None else value
+
+    table: dict[str, Activation] = {
+        "sigmoid": tirx.sigmoid,
+        "tanh": tirx.tanh,
+        "relu": lambda x: tirx.max(x, _const(x, 0)),
+        "affine": lambda x: x * _const(x, pick(alpha, 1.0)) + _const(x, pick(beta, 0.0)),
+        "leakyrelu": lambda x: tirx.Select(x < _const(x, 0), x * _const(x, pick(alpha, 0.01)), x),
+        "thresholdedrelu": lambda x: tirx.Select(x > _const(x, pick(alpha, 1.0)), x, _const(x, 0)),
+        "scaledtanh": lambda x: tirx.tanh(x * _const(x, pick(beta, 1.0))) * _const(x, pick(alpha, 1.0)),
+        "hardsigmoid": lambda x: tirx.max(
+            _const(x, 0), tirx.min(_const(x, 1), x * _const(x, pick(alpha, 0.2)) + _const(x, pick(beta, 0.5)))
+        ),
+        "elu": lambda x: tirx.Select(x < _const(x, 0), (tirx.exp(x) - _const(x, 1)) * _const(x, pick(alpha, 1.0)), x),
+        "softsign": lambda x: x / (_const(x, 1) + tirx.abs(x)),
+        "softplus": lambda x: tirx.log(tirx.exp(x) + _const(x, 1)),
+    }
+    if name.lower() not in table:
+        raise NotLowered(f"recurrent activation {name}")
+    return table[name.lower()]
+
+
+class _Layer:
+    """Inputs and attributes of a recurrent node in a common form."""
+
+    def __init__(self, node: OpNode, gates: int, defaults: Sequence[str]) -> None:
+        self.node, self.gates = node, gates
+        x, self.w, self.r = node.input(0), node.input(1), node.input(2)
+        if x.dtype not in ("float32", "float64"):
+            raise NotLowered(f"recurrent operator in {x.dtype}")
+        self.batch_first = bool(node.attr("layout", 0))
+        self.x = _swap(node, x) if self.batch_first else x
+        self.bias, self.lengths = node.optional(3), node.optional(4)
+        directions = static(self.r.shape[0])
+        hidden = static(self.r.shape[2])
+        if directions is None or not hidden:
+            raise NotLowered("number of directions or hidden units is not known")
+        self.directions, self.hidden = directions, hidden
+        self.lanes = lanes_of(node.context.program.profile, x.dtype)
+        self.panels = -(-hidden // self.lanes)
+        direction = node.attr("direction", "forward")
+        self.backward = {"forward": [False], "reverse": [True]}.get(direction, [False, True])
+        self.activations = self._activations(defaults)
+        self.clip = node.attr("clip")
+
+    def _activations(self, defaults: Sequence[str]) -> list[list[Activation]]:
+        count = len(defaults)
+        names = self.node.attr("activations") or list(defaults) * self.directions
+        alphas = list(self.node.attr("activation_alpha") or [])
+        betas = list(self.node.attr("activation_beta") or [])
+        made: list[Activation] = []
+        for name in names:
+            alpha = alphas.pop(0) if alphas and name.lower() in _WITH_ALPHA else None
+            beta = betas.pop(0) if betas and name.lower() in _WITH_BETA else None
+            made.append(activation(name, alpha, beta))
+        return [made[d * count : (d + 1) * count] for d in range(self.directions)]
+
+    def act(self, which: int, direction: int, x: Expr) -> Expr:
+        """Activation ``which`` of a direction, after clipping."""
+        if self.clip is not None:
+            x = tirx.max(tirx.min(x, _const(x, self.clip)), _const(x, -self.clip))
+        return self.activations[direction][which](x)
+
+    def state(self, position: int) -> Tensor | None:
+        """An initial state as ``[directions, batch, H]`` in memory."""
+        value = self.node.optional(position)
+        if value is None:
+            return None
+        return self.node.context.dense(_swap(self.node, value) if self.batch_first else value)
+
+    def projected(self, biases: Sequence[tuple[int, int]]) -> Tensor:
+        """X·W for all steps, with the biases of ``biases`` (gate, first row of B in units of H) added.
+
+        Returns:
+            ``[steps, batch, directions, panels, gates, lanes]`` in memory.
+        """
+        context = self.node.context
+        width = self.directions * self.panels * self.gates * self.lanes
+        weight = self._arranged_input_weight(width)
+        flat = product_of(self.node, self.x, weight)
+        shape = (*self.x.shape[:2], index(self.directions), index(self.panels), index(self.gates), index(self.lanes))
+        if self.bias is not None:
+            flat = self._with_bias(flat, biases)
+        context.realize([flat], "projection")
+        return context.dense(context.reshape(flat, shape))
+
+    def _arranged_input_weight(self, width: int) -> Value:
+        depth = self.x.shape[2]
+        if self.w.constant is not None:
+            data = self.arrange(self.w.constant, range(self.gates))
+            key = ("input", self.gates, self.lanes)
+            packed = self.node.context.program.packed(self.w, key, lambda _: np.moveaxis(data, -1, 0).reshape(-1, width))
+            return Value(constant=packed.data, name=f"{self.w.name}.arranged")
+        w = self.node.context.tensor(self.w)
+
+        def body(k: Expr, column: Expr) -> Expr:
+            d, gate, unit = self._split(column)
+            row = gate * self.hidden + tirx.min(unit, i64(self.hidden - 1))
+            return tirx.Select(unit < self.hidden, w[(d, row, k)], tirx.const(0, self.w.dtype))
+
+        return Value(Map((depth, index(width)), self.w.dtype, body, "arrange"))
+
+    def _split(self, column: Expr) -> tuple[Expr, Expr, Expr]:
+        """(direction, gate, hidden unit) of a column of the arranged projection."""
+        lane = tirx.floormod(column, i64(self.lanes))
+        rest = tirx.floordiv(column, i64(self.lanes))
+        gate = tirx.floormod(rest, i64(self.gates))
+        rest = tirx.floordiv(rest, i64(self.gates))
+        return tirx.floordiv(rest, i64(self.panels)), gate, tirx.floormod(rest, i64(self.panels)) * self.lanes + lane
+
+    def _with_bias(self, flat: Value, biases: Sequence[tuple[int, int]]) -> Value:
+        assert self.bias is not None
+        if self.bias.constant is not None:
+            data = np.zeros((self.directions, self.panels * self.lanes, self.gates), self.bias.constant.dtype)
+            for gate, start in biases:
+                data[:, : self.hidden, gate] += self.bias.constant[:, start * self.hidden : (start + 1) * self.hidden]
+            split = data.reshape(self.directions, self.panels, self.lanes, self.gates).swapaxes(2, 3)
+            addend = Value(constant=np.ascontiguousarray(split.reshape(-1)), name=f"{self.bias.name}.arranged").tensor
+            return Value(Map(flat.shape, flat.dtype, lambda t, n, j, y=flat.tensor: y[t, n, j] + addend[j], "bias"))
+        source = self.node.context.dense(self.bias)
+
+        def body(t: Expr, n: Expr, column: Expr) -> Expr:
+            d, gate, unit = self._split(column)
+            total = flat.tensor[t, n, column]
+            for number, start in biases:
+                value = source[(d, i64(start * self.hidden) + tirx.min(unit, i64(self.hidden - 1)))]
+                total = total + tirx.Select(gate.equal(i64(number)), value, tirx.const(0, flat.dtype))
+            return total
+
+        return Value(Map(flat.shape, flat.dtype, body, "bias"))
+
+    def arrange(self, weight: np.ndarray, gates: Sequence[int]) -> np.ndarray:
+        """``[D, G·H, K]`` → ``[D, panels, gates, lanes, K]`` for the chosen gates, hidden units zero-padded."""
+        depth = weight.shape[2]
+        split = weight.reshape(self.directions, -1, self.hidden, depth)[:, list(gates)]
+        padded = np.zeros((self.directions, len(gates), self.panels * self.lanes, depth), weight.dtype)
+        padded[:, :, : self.hidden] = split
+        return padded.reshape(self.directions, len(gates), self.panels, self.lanes, depth).transpose(0, 2, 1, 3, 4)
+
+    def recurrent(self, gates: Sequence[int]) -> Tensor:
+        """R for the chosen gates as ``[D, panels, H, gates·lanes]`` in memory."""
+        context = self.node.context
+        if self.r.constant is not None:
+
+            def pack(weight: np.ndarray) -> np.ndarray:
+                data = self.arrange(weight, gates)
+                return np.moveaxis(data, -1, 2).reshape(self.directions, self.panels, self.hidden, len(gates) * self.lanes)
+
+            return context.program.packed(self.r, ("recurrent", tuple(gates), self.lanes), pack)
+        r = context.tensor(self.r)
+        first = gates[0]
+
+        def body(d: Expr, panel: Expr, k: Expr, column: Expr) -> Expr:
+            gate = tirx.floordiv(column, i64(self.lanes)) + first
+            unit = panel * self.lanes + tirx.floormod(column, i64(self.lanes))
+            row = gate * self.hidden + tirx.min(unit, i64(self.hidden - 1))
+            return tirx.Select(unit < self.hidden, r[(d, row, k)], tirx.const(0, self.r.dtype))
+
+        shape = (index(self.directions), index(self.panels), index(self.hidden), index(len(gates) * self.lanes))
+        return context.dense(Value(Map(shape, self.r.dtype, body, "arrange")))
+
+    def run(self, cell: Cell, x: Tensor, r: Tensor, late_r: Tensor | None, c0: Tensor | None, extra: Sequence[Tensor]) -> list[Value]:
+        """Emit the recurrence and give Y, Y_h and, for LSTM, Y_c."""
+        lengths = None if self.lengths is None else self.node.context.dense(self.lengths)
+        nest = Recurrence(
+            x,
+            r,
+            late_r,
+            h0=self.state(5),
+            c0=c0,
+            lengths=lengths,
+            cell=cell,
+            hidden=self.hidden,
+            backward=self.backward,
+            extra=extra,
+        )
+        values = [Value(result, name=self.node.name) for result in nest.results]
+        self.node.context.realize(values, self.node.op_type)
+        if not self.batch_first:
+            return values
+        y = values[0].tensor
+        shape = (y.shape[2], y.shape[0], y.shape[1], y.shape[3])
+        moved = Value(Map(shape, y.dtype, lambda n, t, d, u: y[t, d, n, u], "layout"))
+        return [moved, *(_swap(self.node, v) for v in values[1:])]
+
+
+_WITH_ALPHA = {"affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu"}
+_WITH_BETA = {"affine", "scaledtanh", "hardsigmoid"}
+
+
+def _swap(node: OpNode, value: Value) -> Value:
+    """Exchange the first two of three axes."""
+    tensor = node.context.tensor(value)
+    shape = (value.shape[1], value.shape[0], value.shape[2])
+    return Value(Map(shape, value.dtype, lambda a, b, c: tensor[b, a, c], "layout"))
+
+
+@lowers("LSTM")
+def lstm(node: OpNode) -> list[Value]:
+    """Gates in ONNX's order: input, output, forget, cell."""
+    layer = _Layer(node, 4, ("Sigmoid", "Tanh", "Tanh"))
+    if node.attr("input_forget", 0):
+        raise NotLowered("LSTM with coupled input and forget gates")
+    peepholes = None if node.optional(7) is None else node.context.dense(node.input(7))
+
+    def peep(point: Point, which: int, c: Expr) -> Expr | None:
+        if peepholes is None:
+            return None
+        return peepholes[(i64(point.direction), i64(which * layer.hidden) + point.unit)] * c
+
+    def total(point: Point, gate: int, product: Expr, extra: Expr | None) -> Expr:
+        base = point.x(gate) + product
+        return base if extra is None else base + extra
+
+    def update(point: Point, products: Sequence[Expr]) -> Stmt:
+        c, d, dtype = point.c, point.direction, layer.x.dtype
+        assert c is not None
+        i = layer.act(0, d, total(point, 0, products[0], peep(point, 0, c)))
+        f = layer.act(0, d, total(point, 2, products[2], peep(point, 2, c)))
+        g = layer.act(1, d, total(point, 3, products[3], None))
+        new_c = tirx.Var("cell", dtype)
+        o = layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c)))
+        new_h = tirx.Var("out", dtype)
+        bind_h = tirx.Bind(new_h, o * layer.activations[d][2](new_c))
+        return seq(tirx.Bind(new_c, f * c + i * g), bind_h, point.set_c(new_c), point.set_h(new_h))
+
+    cell = Cell(gates=4, late=0, cell_state=True, update=update)
+    x = layer.projected([(g, g) for g in range(4)] + [(g, 4 + g) for g in range(4)])
+    extra = () if peepholes is None else (peepholes,)
+    return layer.run(cell, x, layer.recurrent(range(4)), None, layer.state(6), extra)
+
+
+@lowers("GRU")
+def gru(node: OpNode) -> list[Value]:
+    """Gates in ONNX's order: update, reset, hidden."""
+    layer = _Layer(node, 3, ("Sigmoid", "Tanh"))
+    after = bool(node.attr("linear_before_reset", 0))
+    bias = None if layer.bias is None or not after else node.context.dense(layer.bias)
+
+    def hidden_bias(point: Point) -> Expr:
+        if bias is None:
+            return tirx.const(0, layer.x.dtype)
+        return bias[(i64(point.direction), i64(5 * layer.hidden) + point.unit)]
+
+    def blend(point: Point, z: Expr, n: Expr) -> Stmt:
+        return point.set_h((_const(n, 1) - z) * n + z * point.h)
+
+    def together(point: Point, products: Sequence[Expr]) -> Stmt:
+        d = point.direction
+        z = tirx.Var("z", layer.x.dtype)
+        r = layer.act(0, d, point.x(1) + products[1])
+        n = tirx.Var("n", layer.x.dtype)
+        candidate = layer.act(1, d, point.x(2) + r * (products[2] + hidden_bias(point)))
+        return seq(tirx.Bind(z, layer.act(0, d, point.x(0) + products[0])), tirx.Bind(n, candidate), blend(point, z, n))
+
+    def first(point: Point, products: Sequence[Expr]) -> Stmt:
+        d = point.direction
+        z = layer.act(0, d, point.x(0) + products[0])
+        return point.set_first(z, layer.act(0, d, point.x(1) + products[1]) * point.h)
+
+    def second(point: Point, products: Sequence[Expr]) -> Stmt:
+        assert point.z is not None
+        n = tirx.Var("n", layer.x.dtype)
+        return seq(tirx.Bind(n, layer.act(1, point.direction, point.x(2) + products[0])), blend(point, point.z, n))
+
+    recurrent_biases = [(0, 3), (1, 4)] + ([] if after else [(2, 5)])
+    x = layer.projected([(g, g) for g in range(3)] + recurrent_biases)
+    if after:
+        cell = Cell(gates=3, late=0, cell_state=False, update=together)
+        return layer.run(cell, x, layer.recurrent(range(3)), None, None, () if bias is None else (bias,))
+    cell = Cell(gates=2, late=1, cell_state=False, update=second, before_late=first)
+    return layer.run(cell, x, layer.recurrent([0, 1]), layer.recurrent([2]), None, ())
+
+
+@lowers("RNN")
+def rnn(node: OpNode) -> list[Value]:
+    """One gate."""
+    layer = _Layer(node, 1, ("Tanh",))
+
+    def update(point: Point, products: Sequence[Expr]) -> Stmt:
+        return point.set_h(layer.act(0, point.direction, point.x(0) + products[0]))
+
+    cell = Cell(gates=1, late=0, cell_state=False, update=update)
+    return layer.run(cell, layer.projected([(0, 0), (0, 1)]), layer.recurrent([0]), None, None, ())
