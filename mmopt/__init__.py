@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from mmopt.ir.modality import Modality
     from mmopt.ir.module import Module
     from mmopt.pipeline.base import Fidelity, FxPass, Pass, PassContext
+    from mmopt.pipeline.decorators import fx_pass, graphsurgeon_pass, module_pass
     from mmopt.runtime import Session, load_artifact
 
 __all__ = [
@@ -23,8 +24,11 @@ __all__ = [
     "PassContext",
     "Session",
     "compile",
+    "fx_pass",
+    "graphsurgeon_pass",
     "load",
     "load_artifact",
+    "module_pass",
     "optimize",
     "verify",
 ]
@@ -40,8 +44,11 @@ _HOMES = {
     "PassContext": "mmopt.pipeline.base",
     "Session": "mmopt.runtime",
     "compile": "mmopt.api",
+    "fx_pass": "mmopt.pipeline.decorators",
+    "graphsurgeon_pass": "mmopt.pipeline.decorators",
     "load": "mmopt.api",
     "load_artifact": "mmopt.runtime",
+    "module_pass": "mmopt.pipeline.decorators",
     "optimize": "mmopt.api",
     "verify": "mmopt.api",
 }

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from mmopt.analysis.dims import Size
-from mmopt.analysis.shapes import ShapeFacts, infer_shapes
+from mmopt.analysis.shape_facts import ShapeFacts
+from mmopt.analysis.shapes import infer_shapes
 from mmopt.ir.module import Module
 
 _SAME_ELEMENTS = {
