@@ -7,7 +7,6 @@ Transpose<1, 0, 2>(Transpose<0, 2, 1>(x))  →  Transpose<2, 0, 1>(x)
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -45,4 +44,6 @@ RULES = (Rule("compose-transposes", ("Transpose",), _compose),)
 class ComposeTransposes(RulePass):
     """Joins adjacent transposes into one, or into none when they cancel."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES

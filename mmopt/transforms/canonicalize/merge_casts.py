@@ -8,7 +8,6 @@ Cast<float>(Cast<bfloat16>(x: float))  stays: it rounds, and says on purpose in 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -84,4 +83,6 @@ RULES = (Rule("join-casts", ("Cast",), _join),)
 class MergeCasts(RulePass):
     """Joins adjacent casts of which the first loses nothing."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES

@@ -9,7 +9,6 @@ Unsqueeze<0>(Unsqueeze<0>(x))      →  Unsqueeze<0, 1>(x)
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -103,4 +102,6 @@ RULES = (
 class MergeReshapes(RulePass):
     """Joins chains of operators that only change the shape."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES

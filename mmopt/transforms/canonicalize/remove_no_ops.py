@@ -10,7 +10,6 @@ y = Concat(x), Split into one, Sum(x) →  x      Unsqueeze by no axes, Concat w
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -133,4 +132,6 @@ RULES = (
 class RemoveNoOps(RulePass):
     """Removes nodes that hand on their input unchanged. A graph output keeps an ``Identity`` where it needs one."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES

@@ -10,7 +10,6 @@ A Dropout or BatchNormalization that does train computes something else than one
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -79,4 +78,6 @@ RULES = (
 class RemoveTrainingLeftovers(RulePass):
     """Removes Dropout that drops nothing, and marks of training mode that are off."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES

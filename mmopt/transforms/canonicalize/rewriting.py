@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
-from typing import ClassVar
 
 import onnx_ir as ir
 
@@ -229,11 +229,13 @@ def _merged(fact: Fact, other: Fact) -> Fact:
 class RulePass(Pass):
     """A pass that consists of local rules."""
 
-    rules: ClassVar[tuple[Rule, ...]] = ()
+    @abc.abstractmethod
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules; for one node they are tried in this order."""
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Apply the rules until none fires."""
-        rewriter = Rewriter(module, self.rules)
+        rewriter = Rewriter(module, self.rules())
         changed = rewriter.run()
         report(self, rewriter, context)
         return changed

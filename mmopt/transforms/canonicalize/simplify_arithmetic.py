@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -69,4 +68,6 @@ RULES = (Rule("neutral-operand", tuple(_NEUTRAL), _neutral),)
 class SimplifyArithmetic(RulePass):
     """Drops arithmetic that changes no bit."""
 
-    rules: ClassVar[tuple[Rule, ...]] = RULES
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules of this module."""
+        return RULES
