@@ -1,0 +1,79 @@
+"""Conversions between element types."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+from tvm import tirx
+from tvm.ir import Expr
+
+from mmopt.lowering.ops.elementwise import HALF_DTYPES, elementwise, follow, is_float, truth
+from mmopt.lowering.registry import OpNode, lowers
+from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Value, dtype_name
+
+_FOLLOWED = frozenset({"int64", "int32", "bool"})
+
+
+@lowers("Cast")
+def cast(node: OpNode) -> Value:
+    """Elements as another type."""
+    return converted(node, node.input(0), dtype_name(ir.DataType(node.attr("to"))))
+
+
+@lowers("CastLike")
+def cast_like(node: OpNode) -> Value:
+    """Elements as the type of the second operand."""
+    return converted(node, node.input(0), node.input(1).dtype)
+
+
+def converted(node: OpNode, value: Value, dtype: str) -> Value:
+    """``value`` as ``dtype``."""
+    if value.dtype == dtype:
+        return value
+    if value.constant is not None and value.constant.size <= MAX_ELEMENTS and "bfloat16" not in (value.dtype, dtype):
+        with np.errstate(all="ignore"):
+            return node.context.constant(value.constant.astype(dtype), value.name)
+    if dtype in _FOLLOWED and value.dtype in _FOLLOWED:
+        followed = follow([value], truth if dtype == "bool" else lambda e: e.astype("int64"), dtype)
+        if followed is not None:
+            return followed
+    return elementwise(node, [value], lambda x: cast_expr(x, dtype), dtype, "cast")
+
+
+def cast_expr(x: Expr, dtype: str) -> Expr:
+    """``x`` as ``dtype``: floats to integers are cut off and wrap, anything but zero is true, halves go by float32."""
+    source = str(x.ty)
+    if source == dtype:
+        return x
+    if dtype == "bool":
+        return truth(x.astype("float32") if source in HALF_DTYPES else x)
+    if source in HALF_DTYPES:
+        return cast_expr(x.astype("float32"), dtype)
+    if is_float(source) and not is_float(dtype):
+        return _to_integer(x, dtype)
+    if dtype in HALF_DTYPES and source != "float32":
+        return x.astype("float32").astype(dtype)
+    return x.astype(dtype)
+
+
+def _to_integer(x: Expr, dtype: str) -> Expr:
+    """Through a signed type wide enough that values below zero wrap as in C on common processors."""
+    if dtype in ("int32", "int64", "uint64"):
+        return x.astype(dtype)
+    return x.astype("int64" if dtype == "uint32" else "int32").astype(dtype)
+
+
+def saturated(x: Expr, dtype: str) -> Expr:
+    """A float rounded already, bounded to the range of an integer type and converted."""
+    info = np.iinfo(dtype)
+    low, high = tirx.const(float(info.min), str(x.ty)), tirx.const(float(info.max), str(x.ty))
+    return _to_integer(tirx.max(tirx.min(x, high), low), dtype)
+
+
+@lowers("BitCast")
+def bit_cast(node: OpNode) -> Value:
+    """The same bits as another type of the same width."""
+    value, dtype = node.input(0), dtype_name(ir.DataType(node.attr("to")))
+    if "bool" in (value.dtype, dtype) or "bfloat16" in (value.dtype, dtype):
+        raise NotLowered(f"reinterpreting {value.dtype} as {dtype}")
+    return elementwise(node, [value], lambda x: tirx.reinterpret(dtype, x), dtype)
