@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mmopt.errors import PassError
+from mmopt.frontends.opset import schema
 from mmopt.ir.module import Module
 
 _ORIGIN = "_mmopt_origin"
@@ -65,7 +66,8 @@ def to_graphsurgeon(module: Module) -> gs.Graph:
 
     Weights are ``Constant`` tensors whose ``values`` are read-only numpy arrays, loaded when first used (dtypes that
     numpy lacks, such as bfloat16 and int4, as ``ml_dtypes``). Attributes of kinds graphsurgeon does not know are
-    left as ``onnx_ir.Attr`` objects; they may be moved about.
+    left as ``onnx_ir.Attr`` objects; they may be moved about. There is no need to sort or clean up the graph before it
+    is taken back.
     """
     model = module.model
     functions = [_function(function) for function in model.functions.values()]
@@ -231,6 +233,7 @@ class _Builder:
         for graph in like.model.graphs():
             self._values |= {value.name: value for value in (*graph.inputs, *graph.initializers.values())}
         self._nodes = {node.name: node for node in nodes}
+        self._opset = like.opset
 
     def function(self, shown: gs.Function) -> ir.Function:
         origin = shown.__dict__.get(_ORIGIN)
@@ -299,9 +302,8 @@ class _Builder:
         if origin is None and shown.name:
             named = self._nodes.get(shown.name)
             origin = named if named is not None and named.op_type == shown.op else None
-        label = f"node {shown.name!r} ({shown.op})"
-        inputs = [None if tensor.is_empty() else scope.look_up(tensor, label) for tensor in shown.inputs]
-        attributes = [self._attribute(name, value, origin, scope, label) for name, value in shown.attrs.items()]
+        inputs = [None if tensor.is_empty() else scope.look_up(tensor, _label(shown)) for tensor in shown.inputs]
+        attributes = [self._attribute(shown, name, value, origin, scope) for name, value in shown.attrs.items()]
         node = ir.Node(shown.domain or "", shown.op, inputs, attributes, outputs=outputs, name=shown.name)
         if origin is not None:
             node.doc_string, node.version = origin.doc_string, origin.version
@@ -309,7 +311,8 @@ class _Builder:
             node.metadata_props.update(origin.metadata_props)
         return node
 
-    def _attribute(self, name: str, value: Any, origin: ir.Node | None, scope: _Scope, label: str) -> ir.Attr:
+    def _attribute(self, shown: gs.Node, name: str, value: Any, origin: ir.Node | None, scope: _Scope) -> ir.Attr:
+        label = _label(shown)
         old = None if origin is None else origin.attributes.get(name)
         if isinstance(value, gs.Graph):
             inner = old.as_graph() if old is not None and old.type == ir.AttributeType.GRAPH else None
@@ -319,12 +322,15 @@ class _Builder:
         if isinstance(value, gs.Constant):
             tensor = _weight(value, label)
             return old if old is not None and old.value is tensor else ir.AttrTensor(name, tensor)
-        if old is not None and not isinstance(value, np.ndarray):
-            if _same_plain(_plain(old, {}, {}), value):
-                return old
-            if old.type in (ir.AttributeType.FLOAT, ir.AttributeType.FLOATS):
-                value = [float(item) for item in value] if isinstance(value, (list, tuple)) else float(value)
-        return _inferred(name, value, label)
+        if old is not None and not isinstance(value, np.ndarray) and _same_plain(_plain(old, {}, {}), value):
+            return old
+        return _inferred(name, value, label, old.type if old is not None else self._attribute_type(shown, name))
+
+    def _attribute_type(self, shown: gs.Node, name: str) -> ir.AttributeType | None:
+        """The type the standard gives the attribute of an operator, so that ``1`` for a float becomes ``1.0``."""
+        known = None if shown.domain else schema(shown.op, self._opset)
+        formal = None if known is None else known.attributes.get(name)
+        return None if formal is None else ir.AttributeType(int(formal.type))
 
     def typed(self, value: ir.Value, tensor: gs.Tensor) -> ir.Value:
         """Give ``value`` the type, shape, weight and metadata that ``tensor`` stands for."""
@@ -426,8 +432,16 @@ def _same_plain(old: Any, new: Any) -> bool:
     return type(old) is type(new) and bool(old == new)
 
 
-def _inferred(name: str, value: Any, where: str) -> ir.Attr:
-    """An attribute from the Python value a pass wrote."""
+def _label(node: gs.Node) -> str:
+    return f"node {node.name!r} ({node.op})"
+
+
+def _inferred(name: str, value: Any, where: str, wanted: ir.AttributeType | None = None) -> ir.Attr:
+    """An attribute from the Python value a pass wrote, of the type ``wanted`` where the value fits it."""
+    if wanted == ir.AttributeType.FLOAT and isinstance(value, int):
+        value = float(value)
+    elif wanted == ir.AttributeType.FLOATS and isinstance(value, (list, tuple)):
+        value = [float(item) for item in value]
     if isinstance(value, gs.Node.AttributeRef):
         kind = _REFERENCED.get(value.type)
         if kind is not None:
@@ -439,7 +453,8 @@ def _inferred(name: str, value: Any, where: str) -> ir.Attr:
     elif isinstance(value, np.generic):
         value = value.item()
     try:
-        return ir.convenience.convert_attribute(name, value)
+        empty = isinstance(value, (list, tuple)) and not value
+        return ir.convenience.convert_attribute(name, value, (wanted or ir.AttributeType.INTS) if empty else None)
     except (TypeError, ValueError):
         what = f"attribute {name!r} has a value ONNX cannot hold: {type(value).__name__}"
         raise PassError(what, where=where, hint="use int, float, str, lists of them, numpy arrays or graphs") from None

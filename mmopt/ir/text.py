@@ -216,18 +216,16 @@ def _weight(tensor: ir.TensorProtocol | None) -> str:
 def _content(tensor: ir.TensorProtocol, keyword: str = "") -> str:
     if tensor.size > _SHOWN_ELEMENTS:
         return f"{keyword}{tensor_digest(tensor)[:_DIGEST_DIGITS]}"
-    elements = [_element(item) for item in tensor.numpy().reshape(-1)]
+    elements = [_element(item, tensor.dtype) for item in tensor.numpy().reshape(-1)]
     return elements[0] if not len(tensor.shape) and elements else f"[{', '.join(elements)}]"
 
 
-def _element(item: object) -> str:
+def _element(item: object, dtype: ir.DataType) -> str:
     if isinstance(item, (bytes, str)):
         return _quoted(item)
-    if isinstance(item, (bool, np.bool_)):
+    if dtype == ir.DataType.BOOL:
         return "true" if item else "false"
-    if isinstance(item, (int, np.integer)):
-        return str(int(item))
-    return _float(item)
+    return _float(item) if dtype.is_floating_point() else str(item)
 
 
 def _float(item: object) -> str:
