@@ -192,14 +192,14 @@ def compile(
         module: What to compile.
         output: Folder to write, or one zip when the name ends in ``.zip``.
         target: Name or file of the target profile.
-        entries: Entry points besides ``main``; one for each tower, and the fusion, when None.
+        entries: Entry points besides ``main``; when None, the towers and the fusion of a model that can be cut.
         reference: What the artifact has to agree with, for example the module before :func:`optimize`; ``module``
             itself when None.
         inputs: Inputs to compare on; probes when None.
         tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
         allow_mismatch: Write the artifact even when it disagrees.
         seed: Seed of the probes.
-        report: Content of ``report.json``.
+        report: Content of ``report.json``, to which the towers are added.
         config: The resolved configuration, for the manifest.
         progress: Told step, number of steps and what it does.
 
@@ -212,9 +212,11 @@ def compile(
     from mmopt.backends.profile import load_profile
 
     if entries is None:
-        from mmopt.analysis.towers import extract_entry_points
+        from mmopt.analysis.towers import analyze_towers, extract_entry_points
 
-        entries = extract_entry_points(module)
+        towers = analyze_towers(module)
+        entries = {} if towers.uncut else extract_entry_points(module, towers)
+        report = {"schema_version": 1, **(report or {}), "towers": towers.to_dict()}
     check = Check(reference, inputs, tolerance, seed, allow_mismatch)
     return build_artifact(
         module,

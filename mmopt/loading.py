@@ -109,7 +109,8 @@ def fix_shapes(module: Module, shapes: Shapes) -> None:
     Raises:
         UserError: As :func:`symbol_sizes`.
     """
-    from mmopt.analysis.shapes import annotate, infer_shapes
+    from mmopt.analysis.shape_rules.types import to_ir_shape
+    from mmopt.analysis.shapes import infer_shapes
 
     sizes = symbol_sizes(module, shapes)
     if not shapes:
@@ -122,7 +123,11 @@ def fix_shapes(module: Module, shapes: Shapes) -> None:
     for value in _computed(module):
         if value.shape is not None and any(not isinstance(dim, int) for dim in value.shape):
             value.shape = ir.Shape([dim if isinstance(dim, int) else None for dim in value.shape])
-    annotate(module.model, infer_shapes(module.model))
+    facts = infer_shapes(module.model)
+    for value in module.graph.outputs:
+        shape = facts.shape(value)
+        if shape is not None:
+            value.shape = to_ir_shape(shape)
     given = ", ".join(f"{name}={list(shape)}" for name, shape in shapes.items())
     module.provenance.append(f"fixed shapes: {given}")
 

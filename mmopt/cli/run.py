@@ -11,7 +11,7 @@ import typer
 from mmopt.cli.arrays import read_arrays, write_arrays
 from mmopt.cli.output import JsonFile, Output, Quiet, Verbose, table, time_text
 from mmopt.errors import UserError
-from mmopt.runtime import load_artifact
+from mmopt.runtime import atomic, load_artifact
 from mmopt.runtime.session import check_inputs
 from mmopt.runtime.store import is_artifact
 
@@ -32,6 +32,8 @@ def run(
 ) -> None:
     """Run an artifact (or a model, in onnxruntime) once. Outputs are summarized, and written with -o."""
     show = Output(verbose, quiet, json)
+    if output is not None:
+        atomic.check_parent(output.resolve())
     begin = time.perf_counter()
     outputs = _run(artifact, inputs, entry, threads, trust_code)
     seconds = time.perf_counter() - begin
