@@ -7,7 +7,7 @@ pass left alone comes back as it was. Weights are loaded when a pass looks at th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -278,9 +278,8 @@ class _Builder:
         scope, initializers = _Scope(self, outer, shown.name), []
         inputs = [scope.define(tensor) for tensor in shown.inputs]
         outputs_of = [[scope.define(tensor) for tensor in node.outputs] for node in shown.nodes]
-        used = [tensor for node in shown.nodes for tensor in node.inputs] + list(shown.outputs)
-        for tensor in used:
-            if isinstance(tensor, gs.Constant) and id(tensor) not in scope.values and id(tensor) not in outer:
+        for tensor in _own_constants(shown, origin):
+            if id(tensor) not in scope.values and id(tensor) not in outer:
                 initializers.append(scope.define(tensor))
         nodes = [self._node(node, scope, outputs) for node, outputs in zip(shown.nodes, outputs_of, strict=True)]
         outputs = [scope.look_up(tensor, "an output of the graph") for tensor in shown.outputs]
@@ -330,7 +329,7 @@ class _Builder:
         """The type the standard gives the attribute of an operator, so that ``1`` for a float becomes ``1.0``."""
         known = None if shown.domain else schema(shown.op, self._opset)
         formal = None if known is None else known.attributes.get(name)
-        return None if formal is None else ir.AttributeType(int(formal.type))
+        return None if formal is None else ir.AttributeType(int(formal.type))  # type: ignore[call-overload]
 
     def typed(self, value: ir.Value, tensor: gs.Tensor) -> ir.Value:
         """Give ``value`` the type, shape, weight and metadata that ``tensor`` stands for."""
@@ -379,6 +378,18 @@ class _Scope:
 
     def visible(self) -> dict[int, ir.Value]:
         return {**self._outer, **self.values}
+
+
+def _own_constants(shown: gs.Graph, origin: ir.Graph | None) -> Iterator[gs.Constant]:
+    """Constants that the graph's nodes use, then those of the original graph that only graphs nested in it use."""
+    for tensor in (*(tensor for node in shown.nodes for tensor in node.inputs), *shown.outputs):
+        if isinstance(tensor, gs.Constant):
+            yield tensor
+    owned = set() if origin is None else {id(value) for value in origin.initializers.values()}
+    for inner in shown.subgraphs(recursive=True) if owned else ():
+        for tensor in (*(tensor for node in inner.nodes for tensor in node.inputs), *inner.outputs):
+            if isinstance(tensor, gs.Constant) and id(tensor.__dict__.get(_ORIGIN)) in owned:
+                yield tensor
 
 
 def _carried_over(origin: ir.Graph | None, inputs: Iterable[ir.Value], scope: _Scope) -> list[ir.Value]:

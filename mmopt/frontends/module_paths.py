@@ -12,6 +12,10 @@ _TORCH_SCOPES = "pkg.torch.onnx.name_scopes"
 """Where torch's exporter writes, as a Python list, the modules around a node from the root down, then the FX node."""
 
 
+_NO_SCOPE = "_empty_nn_module_stack_from_metadata_hook"
+"""What torch writes there for nodes that its own rewriting added."""
+
+
 def record_module_paths(model: ir.Model) -> None:
     """Give each node that torch's exporter wrote its module path under ``MODULE_PATH_KEY`` (nothing for the root)."""
     places: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
@@ -29,5 +33,5 @@ def _innermost(scopes: str) -> str:
         names = ast.literal_eval(scopes)
     except (ValueError, SyntaxError):  # a file may hold anything
         return ""
-    inner = names[-2:-1] if isinstance(names, list) else []
+    inner = [name for name in names[:-1] if name != _NO_SCOPE][-1:] if isinstance(names, list) else []
     return inner[0] if inner and isinstance(inner[0], str) else ""

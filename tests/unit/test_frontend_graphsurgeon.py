@@ -47,7 +47,7 @@ def everything() -> Module:
         [numpy_helper.from_array(np.ones(1, np.float32), "one")],
     )
     other = helper.make_graph(
-        [helper.make_node("Neg", ["m"], ["e"])], "else", [], [helper.make_tensor_value_info("e", 1, None)]
+        [helper.make_node("Sub", ["m", "inner_only"], ["e"])], "else", [], [helper.make_tensor_value_info("e", 1, None)]
     )
     cast = helper.make_node("Cast", ["half"], ["h"], name="cast", to=TensorProto.FLOAT)
     cast.metadata_props.add(key="nk", value="nv")
@@ -75,6 +75,7 @@ def everything() -> Module:
     initializers = [
         numpy_helper.from_array(np.ones(2, np.float32), "unused"),
         numpy_helper.from_array(W, "w"),
+        numpy_helper.from_array(np.ones(4, np.float32), "inner_only"),
         numpy_helper.from_array(np.ones(4, ml_dtypes.bfloat16), "half"),
         numpy_helper.from_array(np.array([1, -2, 3], ml_dtypes.int4), "four"),
         numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "scales"),

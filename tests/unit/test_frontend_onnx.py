@@ -261,13 +261,21 @@ def test_sparse_weights_become_dense() -> None:
             module_from_proto(copy)
 
 
-def test_module_paths_of_torch_exports() -> None:
+@pytest.mark.parametrize(
+    ("scopes", "path"),
+    [
+        ("['', 'encoder', 'encoder.proj', 'linear']", "encoder.proj"),
+        ("['', 'linear']", None),
+        ("['', '_empty_nn_module_stack_from_metadata_hook', 'add']", None),
+        ("not a list", None),
+        ("['', 1, 'add']", None),
+    ],
+)
+def test_module_paths_of_torch_exports(scopes: str, path: str | None) -> None:
     model = matmul()
-    model.graph.node[0].metadata_props.add(
-        key="pkg.torch.onnx.name_scopes", value="['', 'encoder', 'encoder.proj', 'linear']"
-    )
+    model.graph.node[0].metadata_props.add(key="pkg.torch.onnx.name_scopes", value=scopes)
     (node,) = module_from_proto(model).graph
-    assert node.metadata_props[MODULE_PATH_KEY] == "encoder.proj"
+    assert node.metadata_props.get(MODULE_PATH_KEY) == path
 
 
 @pytest.mark.parametrize("outside", [None, True])
