@@ -14,10 +14,10 @@ from mmopt.backends.compute import Map, Source, Tensor, index
 from mmopt.backends.cpu.loops import flat_index, product, split_index
 from mmopt.backends.expressions import same, simplify, variables
 from mmopt.ir.module import FUSED_DOMAIN
-from mmopt.lowering.expand import standard_body
+from mmopt.lowering.expand import instantiate, standard_body
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.registry import OpNode, lowering_of
-from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, from_elements, plain_view
+from mmopt.lowering.values import ConstantSource, NotLowered, Value, described, dtype_name, from_elements, plain_view
 
 
 @dataclasses.dataclass
@@ -143,28 +143,36 @@ class FunctionLowering:
             self.realize([v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()], node.op_type)
 
     def _operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
-        lowering = lowering_of(node.domain, node.op_type)
         local = self.functions.get(node.op_identifier())
         if local is not None:
-            return self.inline(local.graph, local.inputs, inputs, node)
+            return self.inline(instantiate(local, node), inputs)
         opset = self.opsets.get(node.domain, self.opsets.get("", 1))
-        if lowering is None:
-            body = standard_body(node, opset)
-            if body is None:
-                raise NotLowered(f"no lowering for {node.domain + '.' if node.domain else ''}{node.op_type}")
-            return self.inline(body, body.inputs, inputs, node)
-        result = lowering(OpNode(self, node, inputs, opset))
-        return [result] if isinstance(result, Value) else list(result)
+        lowering = lowering_of(node.domain, node.op_type)
+        missing = NotLowered(f"no lowering for {node.domain + '.' if node.domain else ''}{node.op_type}")
+        if lowering is not None:
+            try:
+                result = lowering(OpNode(self, node, inputs, opset))
+                return [result] if isinstance(result, Value) else list(result)
+            except NotLowered as reason:
+                missing = reason
+        body = standard_body(node, opset, [described(o, v) for o, v in zip(node.inputs, inputs, strict=True)])
+        if body is None:
+            raise missing
+        try:
+            return self.inline(body, inputs)
+        except NotLowered as inner:
+            raise NotLowered(f"{missing.reason}; its standard definition: {inner.reason}") from inner
 
-    def inline(
-        self, body: ir.Graph | ir.Function, formals: Sequence[ir.Value], inputs: Sequence[Value | None], node: ir.Node
-    ) -> list[Value]:
-        """Lower a function body in place of a call."""
-        for formal, actual in zip(formals, inputs, strict=False):
+    def inline(self, body: ir.Function, inputs: Sequence[Value | None]) -> list[Value]:
+        """Lower a function body, whose nodes follow its own operator sets, in place of a call."""
+        for formal, actual in zip(body.inputs, inputs, strict=False):
             if actual is not None:
                 self._values[formal] = actual
-        for inner in body:
-            self.lower_node(inner)
+        outer, self.opsets = self.opsets, {**self.opsets, **body.opset_imports}
+        try:
+            self.run(body)
+        finally:
+            self.opsets = outer
         return [self.value(o) for o in body.outputs]
 
     def _fusion_group(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
@@ -173,7 +181,7 @@ class FunctionLowering:
             raise NotLowered(f"function {node.op_type} is not defined")
         self._lazy += 1
         try:
-            return self.inline(function, function.inputs, inputs, node)
+            return self.inline(instantiate(function, node), inputs)
         finally:
             self._lazy -= 1
 

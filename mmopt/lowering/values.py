@@ -52,6 +52,18 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     return _DTYPES[dtype]
 
 
+def described(value: ir.Value | None, lowered: Value | None) -> ir.TypeAndShape | None:
+    """Type of a value for ONNX's own tools: the element type the model states, the extents that lowering knows."""
+    if value is None or lowered is None:
+        return None
+    names = {name: dtype for dtype, name in reversed(_DTYPES.items())}
+    dtype = value.dtype or names.get(lowered.dtype)
+    if dtype is None:
+        return None
+    extents = [int(d.value) if isinstance(d, tirx.IntImm) else None for d in lowered.shape]
+    return ir.TypeAndShape(ir.TensorType(dtype), ir.Shape(extents))
+
+
 class ConstantSource(Source):
     """A weight: a kernel parameter whose data is known at compile time and stored in the artifact."""
 
