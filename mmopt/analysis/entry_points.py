@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedFunctionsPass
 
 from mmopt.analysis.shape_rules.types import to_ir_shape
-from mmopt.analysis.shapes import ShapeFacts, infer_shapes
+from mmopt.analysis.shapes import Fact, ShapeFacts, infer_shapes
 from mmopt.analysis.slicing import Selection, Slicer, placed
 from mmopt.analysis.tower_report import Tower, TowerReport
 from mmopt.errors import UnsupportedError, UserError
@@ -149,10 +149,9 @@ def _build(
         name=original.name,
     )
     graph = view.clone()
-    for value, source in zip(graph.inputs, view.inputs, strict=True):
-        _annotate(value, source, facts)
-    for value, source in zip(graph.outputs, outputs, strict=True):
-        _annotate(value, source, facts)
+    for value, source in (*zip(graph.inputs, view.inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
+        if not source.is_graph_input() and not source.is_graph_output():
+            _annotate(value, facts.fact(source))
     sources = dict(zip([*stops, *used], graph.inputs, strict=False))
     placeholders = list(graph.inputs[len(stops) + len(used) :])
     for question, placeholder in zip(selection.questions, placeholders, strict=True):
@@ -162,12 +161,11 @@ def _build(
     return graph
 
 
-def _annotate(value: ir.Value, source: ir.Value, facts: ShapeFacts) -> None:
-    """Give a value at the border of an entry point a type and, where it is known, a shape."""
-    fact = facts.fact(source)
-    if value.type is None and fact.type is not None:
+def _annotate(value: ir.Value, fact: Fact) -> None:
+    """Give a value that becomes a border the inferred type and shape; annotations inside a model may be wrong."""
+    if fact.type is not None:
         value.type = fact.type
-    if value.shape is None and fact.shape is not None:
+    if fact.shape is not None:
         value.shape = to_ir_shape(fact.shape)
 
 

@@ -52,7 +52,8 @@ def group_inputs(
     findings = _settle_positions(graph, streams, findings, uses, sums)
     groups = _Groups(len(findings))
     for members in sums.added + sums.joined:
-        if len({findings[k].modality for k in members}) == 1:
+        parts = [k for k in members if findings[k].role != "ids"]
+        if len({findings[k].modality for k in members if k not in parts}) <= 1:
             groups.join(members)
     _join_tables(graph, streams, findings, groups)
     owner: list[int | None] = [groups.find(k) if f.primary else None for k, f in enumerate(findings)]
@@ -72,12 +73,12 @@ class _Sums:
     Attributes:
         added: Sets whose embeddings are added.
         joined: Sets whose embeddings are concatenated feature by feature.
-        mixed: Inputs whose embedding is added to data that is no embedding, with the labels of that data.
+        mixed: Inputs whose embedding is added to data of another input that is no embedding.
     """
 
     added: list[list[int]] = dataclasses.field(default_factory=list)
     joined: list[list[int]] = dataclasses.field(default_factory=list)
-    mixed: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    mixed: set[int] = dataclasses.field(default_factory=set)
 
 
 def bits(mask: int) -> list[int]:
@@ -117,9 +118,11 @@ def _combine(
     if node.op in _EMBEDDING_OPERATORS or (node.op in ops.MULTIPLICATIVE and len(carried) == 1):
         return union
     if node.op in ops.ADDITIVE:
-        rest = [v for v, mark in zip(carried, marks, strict=True) if not mark and streams.content[v]]
+        rest = [v for v, mark in zip(carried, marks, strict=True) if not mark and streams.content[v] & ~union]
         if rest:
-            sums.mixed += [(k, streams.content[v]) for k in bits(union) for v in rest]
+            # What shares an origin with the embedding is a residual, which says nothing about positions.
+            foreign = [v for v in rest if not streams.content[v] & union]
+            sums.mixed |= set(bits(union)) if foreign else set()
             return 0
         if len(bits(union)) > 1:
             sums.added.append(bits(union))
@@ -139,7 +142,7 @@ def _settle_sums(findings: list[Finding], sums: _Sums) -> list[Finding]:
     """Among ids whose embeddings are added the largest table holds the vocabulary, tiny ones types of tokens."""
     findings = list(findings)
     for members in sums.added:
-        ids = [k for k in members if findings[k].role == "ids"]
+        ids = [k for k in members if findings[k].role == "ids" and findings[k].modality != Modality.TABULAR]
         largest = max((findings[k].bound or 0 for k in ids), default=0)
         for k in ids:
             bound = findings[k].bound
@@ -157,11 +160,10 @@ def _settle_positions(
     """Ids that only add a table to, or rotate, data of another input are that data's positions."""
     findings = list(findings)
     summed = {k for members in sums.added + sums.joined for k in members}
-    mixed = {k for k, _ in sums.mixed}
     for k, finding in enumerate(findings):
         if finding.role != "ids" or k in summed or finding.fixed or (graph.rank(graph.inputs[k]) or 0) < 2:
             continue
-        added = k in mixed and (finding.bound or ORDINARY.stop) in ORDINARY
+        added = k in sums.mixed and (finding.bound or ORDINARY.stop) in ORDINARY
         if added or _rotates(graph, streams, uses[k], 1 << k):
             how = "added to" if added else "multiplied with"
             reason = f"the table it picks from is {how} other data"

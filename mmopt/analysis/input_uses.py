@@ -146,8 +146,6 @@ class _Walk:
             return self._note("index", node, value, path, others=self._others(node, value))
         if position == 1:
             return self._look_up(node, value, path)
-        if self.streams.reach(indices) & ~self.own:
-            return self._note("meets", node, value, path, others=(indices,))
         framed = (self.graph.rank(indices) or 0) >= 2
         return dataclasses.replace(path, sliced=path.sliced or not framed, patched=path.patched or framed)
 
@@ -255,13 +253,11 @@ class _Walk:
 
 
 def is_table(graph: FlatGraph, value: int) -> bool:
-    """Whether a value is made of weights: floats or quantized numbers, not a list of sizes or of indices."""
-    source = graph.back_through(value, ops.LAYOUT)
-    if graph.constant(source) is None:
+    """Whether a value is a constant table: floats, or rows of (quantized) numbers; not a list of indices."""
+    if graph.constant(graph.back_through(value, ops.LAYOUT)) is None:
         return False
-    maker = graph.made_by(value)
     dtype = graph.dtype(value)
-    return (dtype is not None and bool(dtype.is_floating_point())) or (maker is not None and maker.op in ops.QUANTIZERS)
+    return (dtype is not None and bool(dtype.is_floating_point())) or (graph.rank(value) or 0) >= 2
 
 
 def _features(graph: FlatGraph, node: FlatNode, value: int) -> int:

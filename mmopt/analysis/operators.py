@@ -56,6 +56,14 @@ STEERING_INPUTS: dict[str, frozenset[int]] = {
 }
 """Positions of inputs that only steer where data goes: shapes, axes, masks, conditions, lengths."""
 
+SIZED_BY_DATA = frozenset({"NonZero", "Compress", "Unique", "NonMaxSuppression", "StringSplit"})
+"""The contents of their inputs decide how large their output is."""
+
+SIZED_BY_STEERING = frozenset(
+    {"ConstantOfShape", "Expand", "OneHot", "Pad", "Range", "Reshape", "Resize", "Slice", "Split", "Tile", "TopK"}
+)
+"""The contents of their steering inputs decide how large their output is."""
+
 GATHERS = frozenset({"Gather", "GatherElements", "GatherND"})
 """Pick from input 0 by the indices in input 1; a look-up when input 0 is a table of weights."""
 
@@ -146,7 +154,10 @@ ATTENTIONS: dict[str, tuple[int, ...]] = {
 
 SPECTRAL = frozenset({"STFT", "DFT"})
 
-SELECTORS = frozenset({"Where", "ScatterND", "ScatterElements", "Scatter", "TensorScatter"})
+SCATTERS = frozenset({"ScatterND", "ScatterElements", "Scatter", "TensorScatter"})
+"""Overwrite elements of input 0."""
+
+SELECTORS = SCATTERS | {"Where"}
 """Put elements of one tensor at chosen places of another."""
 
 TRADITIONAL = "ai.onnx.ml."

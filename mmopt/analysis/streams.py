@@ -3,7 +3,8 @@
 Every value gets two sets of labels, as bit masks. *Content* says whose data the value carries: an embedding carries
 the ids it was looked up for. *Control* says what else decided about it: masks, comparisons, indices, conditions. A sum
 of two contents is a fusion; a content that was masked by something else is not. Shapes carry nothing: the batch size
-of an image that sizes a tensor of the text is neither.
+of an image that sizes a tensor of the text is neither. Only where the data decides about a size (how many tokens are
+places for image features) does the size carry control on.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ class Streams:
     Attributes:
         content: Bit mask of whose data each value carries.
         control: Bit mask of what else steered each value.
+        extent: Bit mask of whose data decided about each value's shape.
     """
 
     content: list[int]
     control: list[int]
+    extent: list[int]
 
     def reach(self, value: int) -> int:
         """Everything the value depends on, apart from shapes."""
@@ -46,7 +49,7 @@ def follow(graph: FlatGraph, content: Mapping[int, int], control: Mapping[int, i
         The labels. Linear in the number of nodes; loops are walked again until their carried values settle, at most
         once per label.
     """
-    streams = Streams([0] * len(graph.values), [0] * len(graph.values))
+    streams = Streams(*([0] * len(graph.values) for _ in range(3)))
     for value, bits in content.items():
         streams.content[value] |= bits
     for value, bits in control.items():
@@ -65,13 +68,28 @@ def data_inputs(node: FlatNode, streams: Streams) -> list[int]:
 def _sweep(graph: FlatGraph, streams: Streams) -> bool:
     changed = False
     for node in graph.nodes:
-        content, control = _transfer(graph, node, streams)
+        extent = _extent(node, streams)
+        content, control = _transfer(graph, node, streams, extent)
         for value in node.outputs:
-            before = (streams.content[value], streams.control[value])
+            before = (streams.content[value], streams.control[value], streams.extent[value])
             streams.content[value] |= content
             streams.control[value] |= control
-            changed |= before != (streams.content[value], streams.control[value])
+            streams.extent[value] |= extent
+            changed |= before != (streams.content[value], streams.control[value], streams.extent[value])
     return changed
+
+
+def _extent(node: FlatNode, streams: Streams) -> int:
+    """Whose data decides about the shape of what a node makes."""
+    mask = 0
+    inputs = node.inputs[:1] if node.op in ops.SCATTERS else node.inputs
+    for position, value in enumerate(inputs):
+        if value != ABSENT:
+            sizes = node.op in ops.SIZED_BY_DATA or (
+                node.op in ops.SIZED_BY_STEERING and position in ops.STEERING_INPUTS[node.op]
+            )
+            mask |= streams.extent[value] | (streams.reach(value) if sizes else 0)
+    return mask
 
 
 def _inputs(node: FlatNode, streams: Streams) -> list[tuple[int, bool]]:
@@ -84,9 +102,9 @@ def _inputs(node: FlatNode, streams: Streams) -> list[tuple[int, bool]]:
     return [(v, k in steering) for k, v in enumerate(node.inputs) if v != ABSENT]
 
 
-def _transfer(graph: FlatGraph, node: FlatNode, streams: Streams) -> tuple[int, int]:
+def _transfer(graph: FlatGraph, node: FlatNode, streams: Streams, extent: int) -> tuple[int, int]:
     if node.op in ops.DEAD:
-        return 0, 0
+        return 0, extent
     content = control = 0
     for value, steers in _inputs(node, streams):
         control |= streams.control[value]

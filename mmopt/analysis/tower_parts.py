@@ -45,14 +45,14 @@ class Parts:
     def shared(self, towers: Sequence[tuple[str, int]]) -> tuple[SharedWeight, ...]:
         """Weights that several towers use, each tower given by its name and the bit mask of its parts.
 
-        Initializers with equal contents count as one weight. Constant fills (zeros, ones) are no evidence of sharing.
+        Initializers with equal contents count as one weight. Constant fills (zeros, ones) are no evidence.
         """
         masks = {v: users for v, (_, users) in self.weights.items()}
         found = []
         for values in self._equal_weights([v for v in masks if masks[v]]):
             users = _union(masks[v] for v in values)
             names = tuple(name for name, parts in towers if users & parts)
-            if len(names) > 1:
+            if len(names) > 1 and not self._is_fill(values[0]):
                 found.append(SharedWeight(tuple(map(self.graph.name, values)), names, self.weights[values[0]][0]))
         return tuple(found)
 
@@ -82,9 +82,14 @@ class Parts:
     def _digest(self, value: int) -> object:
         tensor = self.graph.constant(value)
         assert tensor is not None
-        array = np.ascontiguousarray(tensor.numpy())
-        constant = bool((array == array.reshape(-1)[0]).all())
-        return ("constant", value) if constant else hashlib.sha256(array.tobytes()).digest()
+        return hashlib.sha256(np.ascontiguousarray(tensor.numpy()).tobytes()).digest()
+
+    def _is_fill(self, value: int) -> bool:
+        """Whether all elements are equal."""
+        tensor = self.graph.constant(value)
+        assert tensor is not None
+        array = tensor.numpy().reshape(-1)
+        return bool((array == array[0]).all())
 
 
 def _using_parts(graph: FlatGraph, owner: Sequence[int]) -> list[int]:

@@ -121,6 +121,13 @@ class _Walk:
         members = [self.graph.nodes[k] for k in nodes]
         if len(members) == 1:
             return members[0].op in _POINTWISE or linear_weight(self.graph, self.streams, members[0])
-        return not any(
-            linear_weight(self.graph, self.streams, n) or n.op in ("Gather", "Slice", "Split") for n in members
-        )
+        if any(n.op in ("Gather", "Slice", "Split") for n in members):
+            return False
+        linear = sum(1 for n in members if linear_weight(self.graph, self.streams, n))
+        return linear == 0 or (linear == 1 and self._is_dynamically_quantized(members))
+
+    def _is_dynamically_quantized(self, members: list[FlatNode]) -> bool:
+        """Whether a block is one linear layer whose scale is taken from the data first and put back at the end."""
+        made = {v for n in members for v in n.outputs}
+        first = [n for n in members if any(v >= 0 and v not in made and self._carries(v) for v in n.inputs)]
+        return [n.op for n in first] == ["DynamicQuantizeLinear"]
