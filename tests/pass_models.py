@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mmopt.ir.module import Module
 
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
-OPSET = 20
+OPSET = 21
 WIDTH = 16
 VOCABULARY = 50
 

@@ -26,7 +26,9 @@ _STEERING = {
     ("Reshape", 1): "reshape", ("Expand", 1): "expand", ("Tile", 1): "repeats", ("ConstantOfShape", 0): "sizes",
     ("Range", 0): "start", ("Range", 1): "limit", ("Range", 2): "one", ("TopK", 1): "one", ("Slice", 1): "starts",
     ("Slice", 2): "ends", ("Slice", 3): "axes", ("Slice", 4): "one", ("Pad", 1): "pads", ("Pad", 3): "axes",
-    ("Squeeze", 1): "squeeze", ("Unsqueeze", 1): "axes", ("Split", 1): "split", ("CumSum", 1): "zero",
+    ("Squeeze", 1): "squeeze", ("Unsqueeze", 1): "axes", ("Split", 1): "split",
+    ("SplitToSequence", 1): "split", ("CumSum", 1): "zero", ("CumProd", 1): "zero", ("Mod", 1): "positive",
+    ("TensorScatter", 2): "zero",
     ("Trilu", 1): "zero", ("OneHot", 1): "depth", ("Loop", 0): "trips", ("SequenceAt", 1): "zero",
     ("SequenceInsert", 2): "zero", ("SequenceErase", 1): "zero", ("Resize", 2): "scales", ("Resize", 3): "resize",
     ("Upsample", 1): "scales", ("Dropout", 1): "probability", ("Dropout", 2): "mask", ("HannWindow", 0): "depth",
@@ -190,6 +192,11 @@ class _Walk:
         self.index(None if size is None else size + 1, shift)
         self._facts.low = max(self._facts.low, 1 - shift)
 
+    def regions(self, node: ir.Node, position: int, shift: int) -> None:
+        """RoiAlign: each region names the image of the batch that it lies in."""
+        if position == 2:
+            self.index(self._size(node, 0), shift)
+
     def rotary(self, node: ir.Node, position: int, shift: int) -> None:
         tables, positions = ((2, 3), 1) if node.domain else ((1, 2), 3)
         cosines = node.inputs[tables[0]]
@@ -226,6 +233,7 @@ _RULES: dict[str, Callable[[_Walk, ir.Node, int, int], None]] = {
     "RNN": _Walk.recurrent,
     "ReverseSequence": _Walk.reverse,
     "RotaryEmbedding": _Walk.rotary,
+    "RoiAlign": _Walk.regions,
     "Cast": _Walk.cast,
 }
 

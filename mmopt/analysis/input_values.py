@@ -32,6 +32,7 @@ class Request:
         dtype: Its element type.
         shape: Its shape.
         facts: What is demanded of it.
+        role: What it is, by :func:`mmopt.analysis.modalities.classify_inputs`; "" when unknown.
         sizes: Sizes of symbols, for bounds.
         number: Number of the set.
         variant: Which of the possible guesses to take where there are several.
@@ -42,6 +43,7 @@ class Request:
     dtype: ir.DataType
     shape: tuple[int, ...]
     facts: InputFacts
+    role: str
     sizes: Mapping[str, int]
     number: int
     variant: int
@@ -57,9 +59,11 @@ class Request:
 
 def make_value(request: Request, type_: ir.TypeProtocol | None) -> Any:
     """The value asked for: an array, or a list of two for a sequence."""
+    if isinstance(type_, ir.OptionalType):
+        return make_value(request, type_.elem_type)
     if isinstance(type_, ir.SequenceType):
-        return [_array(request) for _ in range(2)]
-    return _array(request)
+        return [np.asarray(_array(request)) for _ in range(2)]
+    return np.asarray(_array(request))
 
 
 def _array(request: Request) -> Array:
@@ -87,7 +91,7 @@ def _whole(request: Request) -> Array:
         # Even guesses take another constant in every set, to reach every branch; odd ones stay with one.
         shift = request.number if request.variant % 2 == 0 else 0
         return np.asarray(facts.compared[(request.variant // 2 + shift) % len(facts.compared)])
-    if facts.roles & {"mask", "to-float"} or "mask" in request.name.lower():
+    if request.role == "mask" or facts.roles & {"mask", "to-float"}:
         return _mask(request)
     if facts.compared:
         choices = np.unique([*facts.compared, 0.0, 1.0])
@@ -105,7 +109,7 @@ def _indices(request: Request) -> Array:
         # The first sample of the first set is as long as can be, all others are shorter.
         order = np.arange(math.prod(request.shape)) + request.number
         return (high - 1 - order % (high - low)).reshape(request.shape)
-    if "position" in request.name.lower() and request.shape:
+    if request.role == "positions" and request.shape:
         return np.broadcast_to(low + np.arange(request.shape[-1]) % (high - low), request.shape)
     ids = request.rng.integers(low, high, size=request.shape)
     return _with_marks(ids, request, high) if request.shape else ids
@@ -143,7 +147,7 @@ def _real(request: Request) -> Array:
         if role in roles:
             return draw(rng, shape)
     amplitude = _AMPLITUDES[request.number % len(_AMPLITUDES)]
-    if "mask" in roles or "mask" in request.name.lower():
+    if request.role == "mask" or "mask" in roles:
         return _mask(request).astype(np.float64)
     if _is_waveform(request):
         return _waveform(rng, shape, amplitude)
@@ -154,19 +158,18 @@ def _real(request: Request) -> Array:
 
 
 def _is_waveform(request: Request) -> bool:
-    """Few or no channels, and many samples."""
+    """One channel of samples in time."""
     shape, facts = request.shape, request.facts
-    if "signal" in facts.roles or (len(shape) == 3 and "convolved" in facts.roles and facts.channels == 1):
-        return True
-    return (
-        len(shape) == 2 and shape[1] >= 256 and any(word in request.name.lower() for word in ("audio", "wav", "input"))
-    )
+    if request.role == "waveform" or "signal" in facts.roles:
+        return bool(shape)
+    return len(shape) == 3 and "convolved" in facts.roles and facts.channels == 1
 
 
 def _is_spectrogram(request: Request) -> bool:
-    return (
-        len(request.shape) == 3 and "convolved" in request.facts.roles and request.facts.channels in (40, 64, 80, 128)
-    )
+    facts = request.facts
+    if request.role == "spectrogram":
+        return True
+    return len(request.shape) == 3 and "convolved" in facts.roles and facts.channels in (40, 64, 80, 128)
 
 
 def _waveform(rng: np.random.Generator, shape: tuple[int, ...], amplitude: float) -> Array:
@@ -196,7 +199,8 @@ def _operand(request: Request) -> tuple[int, ...]:
     """Concrete shape of what the input steers; () when unknown."""
     for _, shape in request.facts.steered:
         if shape is not None:
-            return tuple(_evaluate(size, request.sizes) or 1 for size in shape)
+            known = (_evaluate(size, request.sizes) for size in shape)
+            return tuple(1 if size is None else size for size in known)
     return ()
 
 
@@ -269,6 +273,7 @@ _STEERING: dict[str, Callable[[Request], Array]] = {
     "sizes": _filled(2),
     "trips": _filled(3),
     "limit": _filled(5),
+    "positive": lambda request: request.rng.integers(1, 6, size=request.shape),
     "depth": _filled(8),
 }
 """Values of integers that steer, by role: small, legal, and never without effect where that can be."""

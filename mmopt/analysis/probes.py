@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,11 +14,14 @@ import onnx_ir as ir
 from mmopt.analysis.input_facts import input_facts
 from mmopt.analysis.input_sizes import REGIMES, Regime, concrete_shapes
 from mmopt.analysis.input_values import Request, make_value
+from mmopt.analysis.modalities import classify_inputs
 from mmopt.errors import BackendError, MmoptError, UserError, did_you_mean
 from mmopt.ir.evaluate import Outputs, ReferenceRunner
 from mmopt.ir.module import Module
 
 Inputs = dict[str, Any]
+
+_logger = logging.getLogger(__name__)
 
 
 def probe_inputs(
@@ -154,6 +158,7 @@ class _Maker:
         self._module = module
         self._sizes = sizes or {}
         self._facts = input_facts(module)
+        self._roles = _roles(module)
         self._values = [value for value in module.graph.inputs if value.name not in module.graph.initializers]
         self.symbolic = any(
             value.shape is None or any(not isinstance(dim, int) for dim in value.shape) for value in self._values
@@ -168,15 +173,26 @@ class _Maker:
             name = str(value.name)
             rng = np.random.default_rng([seed, position])
             dtype = value.dtype or ir.DataType.FLOAT
-            request = Request(name, dtype, shapes[name], self._facts[name], sizes, number, variant, rng)
+            request = Request(
+                name, dtype, shapes[name], self._facts[name], self._roles.get(name, ""), sizes, number, variant, rng
+            )
             made[name] = make_value(request, value.type)
         return made
 
     def _bind(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-        """Sizes of the plain symbols in the inputs' shapes."""
+        """Sizes of the plain symbols in the inputs' shapes; unnamed ones under the names that shape inference uses."""
         return {
-            dim.value: shapes[str(value.name)][axis]
+            dim.value or f"{value.name}_d{axis}": shapes[str(value.name)][axis]
             for value in self._values
             for axis, dim in enumerate(value.shape or ())
-            if not isinstance(dim, int) and dim.value is not None
+            if not isinstance(dim, int)
         }
+
+
+def _roles(module: Module) -> dict[str, str]:
+    """What each input is. Probes do not hang on it: they are legal without, only less like the real thing."""
+    try:
+        return {name: found.role for name, found in classify_inputs(module).items()}
+    except Exception as error:  # an odd model may trip the classification, but must still be validated
+        _logger.warning("inputs could not be classified: %s: %s", type(error).__name__, error)
+        return {}

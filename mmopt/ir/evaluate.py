@@ -138,10 +138,12 @@ class _Session:
         self._types = {value.name: value.type for value in (*session.get_inputs(), *session.get_outputs())}
 
     def run(self, inputs: Mapping[str, Any]) -> Outputs:
+        # numpy turns what should be arrays of rank 0 into its scalars, which onnxruntime does not take.
+        inputs = {name: np.asarray(value) if np.isscalar(value) else value for name, value in inputs.items()}
         try:
             if any(_is_exotic(kind) for kind in self._types.values()):
                 return Outputs(self._run_ort_values(inputs))
-            return Outputs(dict(zip(self._names, self._session.run(self._names, dict(inputs)), strict=True)))
+            return Outputs(dict(zip(self._names, self._session.run(self._names, inputs), strict=True)))
         except Exception as error:
             raise BackendError(
                 f"onnxruntime could not run the model: {_first_line(error)}",
@@ -186,10 +188,14 @@ def _ort_value(array: np.ndarray[Any, Any], dtype: ir.DataType) -> ort.OrtValue:
 
 
 def _packed_ort_value(array: np.ndarray[Any, Any], dtype: ir.DataType) -> ort.OrtValue:
-    value = ort.OrtValue.ortvalue_from_shape_and_type(array.shape, dtype.value)
-    data = ir.Tensor(array, dtype=dtype).tobytes()
-    ctypes.memmove(value.data_ptr(), data, len(data))
-    return value
+    """A value of a type that packs several elements into a byte, in memory of our own as add_initializer wants it.
+
+    The carrier has a byte an element, because onnxruntime takes the shape from it; it reads the packed front only.
+    """
+    carrier = np.zeros(array.shape, dtype=np.uint8)
+    packed = np.frombuffer(ir.Tensor(array, dtype=dtype).tobytes(), dtype=np.uint8)
+    carrier.reshape(-1)[: packed.size] = packed
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(carrier, dtype.value)
 
 
 def _read(value: ort.OrtValue) -> Any:

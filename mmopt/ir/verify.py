@@ -103,8 +103,6 @@ class _Structure:
         self._imports: dict[str, int] = model.opset_imports
 
     def check(self) -> None:
-        if "" not in self._imports and "ai.onnx" not in self._imports:
-            self._error("missing-opset", "model", "no version of the standard operator set is imported")
         self._graph(self._model.graph, (), "graph")
         for identifier, function in self._model.functions.items():
             self._imports = function.opset_imports

@@ -138,7 +138,7 @@ def compare(reference: Any, actual: Any, tolerance: Tolerance | Fidelity, *, nam
     reference, actual = np.asarray(reference), np.asarray(actual)
     if isinstance(tolerance, Fidelity):
         tolerance = tolerance_for(tolerance, _precision_of(reference.dtype))
-    if reference.dtype != actual.dtype:
+    if reference.dtype != actual.dtype and not _both_text(reference, actual):
         return _different(name, reference, f"dtype is {actual.dtype}, should be {reference.dtype}")
     if reference.shape != actual.shape:
         return _different(name, reference, f"shape is {list(actual.shape)}, should be {list(reference.shape)}")
@@ -241,6 +241,10 @@ def _compare_discrete(
 
 def _different(name: str, reference: np.ndarray[Any, Any], reason: str) -> OutputComparison:
     return OutputComparison(name, str(reference.dtype), reference.shape, mismatched_fraction=1.0, reason=reason)
+
+
+def _both_text(reference: np.ndarray[Any, Any], actual: np.ndarray[Any, Any]) -> bool:
+    return reference.dtype.kind in "OSU" and actual.dtype.kind in "OSU"
 
 
 def _outliers(values: np.ndarray[Any, Any], finite: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
