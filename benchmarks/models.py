@@ -197,7 +197,9 @@ def notes(reports: dict[str, Report], failed: dict[str, str]) -> list[str]:
 def _print(reports: dict[str, Report], peers: Sequence[str], failed: dict[str, str]) -> None:
     console = Console(soft_wrap=not sys.stdout.isatty(), highlight=False)
     if reports:
-        console.print(sheet(reports, peers).rich())
+        table = sheet(reports, peers)
+        console.print(table.title)
+        console.print(table.rich())
     for line in notes(reports, failed):
         console.print(line, markup=False)
 

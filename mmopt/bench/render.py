@@ -40,8 +40,8 @@ class Sheet:
     styles: Sequence[str] = ()
 
     def rich(self) -> Table:
-        """For a terminal."""
-        table = Table(title=self.title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+        """For a terminal, without the title: rich would break it to the width of the table."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
         for i, column in enumerate(self.columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for i, row in enumerate(self.rows):
@@ -64,8 +64,8 @@ def report_sheets(report: Report) -> list[Sheet]:
     first = report.results[0].label
     settings = report.settings
     title = (
-        f"latency of one inference: {settings['threads']} threads, {settings['rounds']} rounds in turn, "
-        f"inputs {settings['inputs_from']}"
+        f"latency of one inference; threads: {settings['threads']}, rounds in turn: {settings['rounds']}, "
+        f"inputs: {settings['inputs_from']}"
     )
     styles = ["bold red" if result in report.disagreements else "" for result in report.results]
     latency = [_latency_row(result, ratios.get(result.label)) for result in report.results]

@@ -211,6 +211,7 @@ def _publish(
         sheets.append(render.comparison_sheet(comparison))
         lines += render.comparison_lines(comparison)
     for sheet in sheets:
+        show.result(sheet.title)
         show.result(sheet.rich())
         show.result("")
     for line in lines:
