@@ -13,6 +13,7 @@ from mmopt.errors import LoadError, MmoptError
 from mmopt.ir.evaluate import ONNXRUNTIME, Outputs, ReferenceRunner, is_random
 from mmopt.ir.fingerprint import fingerprint, structure_hash
 from mmopt.ir.module import Module
+from mmopt.ir.skeleton import INLINE_BYTES
 from mmopt.ir.verify import Diagnostic, describe, verify
 from mmopt.pipeline.base import Fidelity
 from mmopt.pipeline.validation import OutputComparison, compare_outputs, tolerance_for, working_precision, worst
@@ -129,9 +130,11 @@ class Guard:
     def compare(
         self, before: Known, after: Known, fidelity: Fidelity, bound: float | None = None
     ) -> list[OutputComparison]:
-        """Compare the outputs of two modules; for each output the worst over all sets that both ran on."""
-        precision = max(before.precision, after.precision, key=_COARSENESS.index)
-        tolerance = tolerance_for(fidelity, precision, bound=bound)
+        """Compare the outputs of two modules; for each output the worst over all sets that both ran on.
+
+        The number format of the module before decides: a pass that brings in a coarser one is not exact or rounding.
+        """
+        tolerance = tolerance_for(fidelity, before.precision, bound=bound)
         by_name: dict[str, list[OutputComparison]] = {}
         for reference, actual in zip(before.outputs, after.outputs, strict=False):
             for found in compare_outputs(reference, actual, tolerance):
@@ -159,9 +162,6 @@ class Guard:
             # The reference evaluator does not check types, so it would accept what no runtime can load.
             raise Rejected(f"onnxruntime no longer loads the module: {outputs[0].reason}")
         return outputs
-
-
-_COARSENESS = ["float64", "float32", "float16", "bfloat16", "8-bit"]
 
 
 def check_start(module: Module) -> list[Diagnostic]:
@@ -214,16 +214,23 @@ def read_only_weights(module: Module) -> None:
     for graph in module.model.graphs():
         for value in graph.initializers.values():
             tensor = value.const_value
-            if not isinstance(tensor, ir.Tensor):
-                continue
-            array = tensor.numpy()
-            if not array.flags.writeable:
+            if tensor is None or not (_is_writable(tensor) or _is_decoded_on_every_use(tensor)):
                 continue
             if id(tensor) not in views:
-                view = array.view()
+                view = tensor.numpy().view()
                 view.flags.writeable = False
                 views[id(tensor)] = ir.Tensor(view, dtype=tensor.dtype, name=tensor.name, doc_string=tensor.doc_string)
             value.const_value = views[id(tensor)]
+
+
+def _is_writable(tensor: ir.TensorProtocol) -> bool:
+    return isinstance(tensor, ir.Tensor) and bool(tensor.numpy().flags.writeable)
+
+
+def _is_decoded_on_every_use(tensor: ir.TensorProtocol) -> bool:
+    """Whether the tensor is a protobuf of some size, which would be copied for every run of every version."""
+    is_protobuf = isinstance(tensor, ir.TensorProtoTensor) and tensor.dtype != ir.DataType.STRING
+    return is_protobuf and tensor.nbytes > INLINE_BYTES
 
 
 def _errors(problems: Sequence[Diagnostic]) -> list[Diagnostic]:

@@ -156,6 +156,7 @@ class _Run:
         self._guard: Guard | None = None
         self._known: Known | None = None
         self._sets = {"each": _ALL}.get(manager.validate, 0)
+        self._may_narrow = True
         self.current = module
         self.remarks: list[Remark] = []
 
@@ -257,7 +258,7 @@ class _Run:
             raise Rejected(f"left a module that cannot be read: {_said(error)}") from error
         finally:
             record.validation_seconds = time.perf_counter() - started
-            if record.validation_seconds > _SLOW:
+            if self._may_narrow and record.validation_seconds > _SLOW:
                 self._sets = min(self._sets, 1)
         if not changed:
             self._spare = work
@@ -318,7 +319,7 @@ class _Run:
 
     def _replay(self, start: Module, known: Known) -> None:
         """Run everything again from the start, this time checking each pass on all sets of inputs."""
-        self._sets = _ALL
+        self._sets, self._may_narrow = _ALL, False
         self.current, self._known, self._spare = start, known, None
         self._report.passes.clear()
         self.remarks.clear()

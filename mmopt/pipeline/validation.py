@@ -20,9 +20,9 @@ _RELATIVE: dict[Fidelity, dict[str, float]] = {
     # Reassociation errors grow with depth: about 1000 units in the last place of float32 for a whole network.
     Fidelity.ROUNDING: {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2, "8-bit": 1e-1},
 }
-_EPSILON = {"float64": 2.0**-52, "float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7, "8-bit": 2.0**-3}
-_LAST_PLACES = 4
-"""Units in the last place of the largest value that are always granted: outputs far from zero cannot do better."""
+_LAST_PLACES = {"float64": 2.0**-50, "float32": 2.0**-21, "float16": 2.0**-8, "bfloat16": 2.0**-5, "8-bit": 2.0**-3}
+"""Part of the largest value that an output of this dtype is always granted, as it cannot do better far from zero: four
+units in the last place, one for the 8-bit formats."""
 _OUTLIER = 1e4
 """Values this many times the median magnitude do not count for the range: a mask's -1e9 would hide the rest."""
 
@@ -33,12 +33,10 @@ class Tolerance:
 
     Attributes:
         relative: Largest error as a fraction of the output's range. Infinite: values are not compared.
-        epsilon: Spacing of the coarsest float at 1.0; four of it times the largest value are granted on top.
         fraction: Part of an 8-bit integer output's elements that may be off by one step.
     """
 
     relative: float
-    epsilon: float = 2.0**-23
     fraction: float = 0.0
 
 
@@ -91,11 +89,13 @@ def working_precision(module: Module) -> str:
     """
     seen: set[ir.DataType | None] = set()
     for graph in (*module.model.graphs(), *(function.graph for function in module.model.functions.values())):
-        seen.update(value.dtype for value in graph.inputs)
+        seen.update(value.dtype for value in (*graph.inputs, *graph.initializers.values()))
         for node in graph:
             if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
                 return "8-bit"
             seen.update(value.dtype for value in node.outputs)
+            if node.op_type == "Cast":  # passes may leave the type of its output for inference
+                seen.add(ir.DataType(node.attributes.get_int("to", 0)))
     if any(dtype is not None and dtype.name.startswith(("FLOAT8", "FLOAT6", "FLOAT4")) for dtype in seen):
         return "8-bit"
     for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT):
@@ -114,9 +114,9 @@ def tolerance_for(fidelity: Fidelity, precision: str = "float32", *, bound: floa
         bound: A ``LOSSY`` pass's own bound on the relative error, if it has one.
     """
     if fidelity is Fidelity.LOSSY:
-        return Tolerance(math.inf if bound is None else bound, _EPSILON["8-bit"], fraction=1.0)
+        return Tolerance(math.inf if bound is None else bound, fraction=1.0)
     fraction = 0.01 if fidelity is Fidelity.ROUNDING else 0.0
-    return Tolerance(_RELATIVE[fidelity][precision], _EPSILON[precision], fraction)
+    return Tolerance(_RELATIVE[fidelity][precision], fraction)
 
 
 def compare(reference: Any, actual: Any, tolerance: Tolerance | Fidelity, *, name: str = "") -> OutputComparison:
@@ -191,7 +191,7 @@ def _compare_floats(
     error = np.abs(np.subtract(found, expected, where=both, out=np.zeros_like(expected)))
     largest = float(np.abs(expected[ordinary]).max(initial=0.0))
     # A pattern of NaN and infinities must be kept even when values are not compared.
-    allowed = tolerance.relative * scale + _LAST_PLACES * tolerance.epsilon * largest
+    allowed = tolerance.relative * scale + _LAST_PLACES[_precision_of(reference.dtype)] * largest
     wrong = ~agree | (both & (error > allowed) if math.isfinite(tolerance.relative) else np.zeros_like(agree))
     relative = np.divide(error, scale, where=both & (scale > 0), out=np.zeros_like(error))
     comparison = OutputComparison(
@@ -276,7 +276,7 @@ def _as_float64(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def _precision_of(dtype: np.dtype[Any]) -> str:
     if dtype.kind == "c":
         return "float64" if dtype.itemsize == 16 else "float32"
-    if dtype.name in _EPSILON:
+    if dtype.name in _LAST_PLACES:
         return str(dtype.name)
     return "8-bit" if dtype.name.startswith(("float8", "float6", "float4")) else "float32"
 
