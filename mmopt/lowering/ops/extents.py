@@ -9,11 +9,15 @@ import onnx_ir as ir
 from tvm import relax, tirx
 from tvm.ir import Expr
 
-from mmopt.backends.compute import index
+from mmopt.backends.compute import Map, index
 from mmopt.backends.cpu.loops import product
 from mmopt.backends.expressions import same, simplify
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import NotLowered, Value
+
+
+_SHIFT = 1 << 40
+"""Added to integers read at run time: TVM takes every size variable to be non-negative. Larger numbers are cut to it."""
 
 
 def i64(value: int | Expr) -> Expr:
@@ -61,7 +65,14 @@ def integers(node: OpNode, value: Value, hint: str) -> Integers:
     if value.constant is not None:
         return Integers([i64(int(e)) for e in value.constant.reshape(-1)], data=False)
     flat = node.context.reshape(value, [1]) if value.ndim == 0 else value
-    return Integers(node.context.runtime_extents(flat, hint), data=True)
+    source = node.context.tensor(flat)
+
+    def shifted(position: Expr) -> Expr:
+        number = source[position].astype("int64")
+        return tirx.max(tirx.min(number, i64(_SHIFT)), i64(-_SHIFT)) + _SHIFT
+
+    sizes = node.context.runtime_extents(Value(Map(flat.shape, "int64", shifted, hint)), hint)
+    return Integers([size - _SHIFT for size in sizes], data=True)
 
 
 def optional_integers(node: OpNode, position: int, attribute: str) -> Integers | None:
