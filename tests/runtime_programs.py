@@ -16,7 +16,7 @@ from mmopt.runtime.artifact import EntryPoint, Program, Segment, TensorSpec
 
 @functools.cache
 def library() -> bytes:
-    """A library with the VM functions ``linear``, ``project``, ``echo`` and ``combine``."""
+    """A library with the VM functions ``linear``, ``project``, ``echo``, ``mirror`` and ``combine``."""
     import tvm
     from tvm.script import ir as I
     from tvm.script import relax as R
@@ -48,6 +48,13 @@ def library() -> bytes:
         ) -> R.Tuple(R.Tensor(("n",), "bfloat16"), R.Tensor((), "bool"), R.Tensor(("m",), "int64")):
             with R.dataflow():
                 result = (x, R.logical_not(flag), R.add(ids, ids))
+                R.output(result)
+            return result
+
+        @R.function
+        def mirror(x: R.Tensor(("n",), "float32")) -> R.Tuple(R.Tensor(("n",), "float32")):
+            with R.dataflow():
+                result = (x,)
                 R.output(result)
             return result
 
@@ -92,7 +99,7 @@ def native(function: str, inputs: tuple[str, ...], outputs: tuple[str, ...], par
 
 
 def program() -> Program:
-    """Entry points ``main`` (native, fallback, native), ``encode`` (its first part), ``echo`` and ``combine``."""
+    """Entry points ``main`` (native, fallback, native), ``encode`` (its first part) and three for one function each."""
     x = TensorSpec("x", "float32", ("batch", 16))
     encode = native("linear", ("x",), ("h",), ("weight", "bias"))
     relu = Segment("onnxruntime", ("h",), ("y",), model="fallback/relu.onnx")
@@ -117,6 +124,12 @@ def program() -> Program:
             echo_inputs,
             echo_outputs,
             (native("echo", ("x", "flag", "ids"), ("same", "not_flag", "twice")),),
+        ),
+        EntryPoint(
+            "mirror",
+            (TensorSpec("x", "float32", ("n",)),),
+            (TensorSpec("same", "float32", ("n",)),),
+            (native("mirror", ("x",), ("same",)),),
         ),
         EntryPoint("combine", pair, (TensorSpec("p", "float32", ("n", 4)),), (native("combine", ("x", "y"), ("p",)),)),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 import threading
+from collections.abc import Callable
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from onnx import TensorProto
 
 from mmopt.errors import BackendError, LoadError, UnsupportedError, UserError
-from mmopt.runtime import EntryPoint, Program, Segment, TensorSpec, load_artifact
+from mmopt.runtime import EntryPoint, Program, Segment, TensorSpec, load_artifact, native
 from mmopt.runtime.session import Session
 from mmopt.runtime.writer import write_artifact
 from tests import runtime_programs as rp
@@ -82,6 +83,9 @@ def test_any_layout_of_an_input(session: Session, change: object) -> None:
     np.testing.assert_allclose(
         session.run({"x": x})["z"], rp.expected_main(np.asarray(x, np.float32)), rtol=1e-5, atol=1e-5
     )
+    tensor = session.native.convert.to_tvm(x)
+    assert tensor.data_ptr() % 64 == 0, "kernels load whole vectors"
+    np.testing.assert_array_equal(session.native.convert.to_numpy(tensor), x)
 
 
 def test_empty_batch(session: Session) -> None:
@@ -125,6 +129,16 @@ def test_aligned_arrays_are_not_copied(session: Session) -> None:
     assert convert.to_tvm(x).data_ptr() == x.ctypes.data
 
 
+def test_a_result_that_is_an_input_is_copied(session: Session) -> None:
+    from mmopt.runtime.tensors import aligned_empty
+
+    x = aligned_empty(4 * 4).view(np.float32)
+    x[:] = [1, 2, 3, 4]
+    same = session.entry("mirror").run({"x": x})["same"]
+    assert not np.shares_memory(same, x)
+    np.testing.assert_array_equal(same, [1, 2, 3, 4])
+
+
 def test_dlpack_tensors(session: Session) -> None:
     torch = pytest.importorskip("torch")
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
@@ -161,14 +175,36 @@ def test_unknown_entry_point(session: Session) -> None:
         session.entry("encod")
 
 
-def test_concurrent_runs_of_one_session(session: Session) -> None:
+def test_concurrent_runs_of_one_session(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
+    busy: set[int] = set()
+    find = native._Machine.function
+
+    def watched(machine: native._Machine, name: str) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            if id(machine) in busy:
+                failures.append("two runs share the state of one virtual machine")
+            busy.add(id(machine))
+            try:
+                return find(machine, name)(*arguments)
+            finally:
+                busy.discard(id(machine))
+
+        return call
+
+    monkeypatch.setattr(native._Machine, "function", watched)
 
     def work(seed: int) -> None:
-        x = np.random.default_rng(seed).standard_normal((seed + 1, 16)).astype(np.float32)
-        for _ in range(30):
-            z = session.run({"x": x})["z"]
-            if not np.allclose(z, rp.expected_main(x), rtol=1e-5, atol=1e-5):
+        # Long enough for the runs of several threads to overlap.
+        x = np.random.default_rng(seed).standard_normal((3000 + seed, 16)).astype(np.float32)
+        expected = rp.expected_main(x)
+        for _ in range(20):
+            try:
+                z = session.run({"x": x})["z"]
+            except BackendError as error:
+                failures.append(str(error))
+                continue
+            if z.shape != expected.shape or not np.allclose(z, expected, rtol=1e-4, atol=1e-4):
                 failures.append(f"thread {seed} got another thread's answer")
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
