@@ -237,38 +237,70 @@ def modulo(left: Size, right: Size) -> Size:
     return _atom("Mod", (left, right))
 
 
+_Interval = tuple[float, float]
+
+
 def lower_bound(size: Size) -> float:
     """A number that ``size`` is never below; ``-inf`` when nothing is known."""
+    return _bounds(size)[0]
+
+
+def _bounds(size: Size) -> _Interval:
+    """Interval arithmetic, with every named size in [0, inf)."""
     if isinstance(size, int):
-        return size
-    total = 0.0
+        return (size, size)
+    low = high = 0.0
     for monomial, factor in size.terms.items():
-        if factor < 0:
-            high = math.prod(_atom_upper(atom) for atom in monomial)
-            total += factor * high
-        else:
-            total += factor * math.prod(_atom_lower(atom) for atom in monomial)
-    return total
+        interval: _Interval = (factor, factor)
+        for atom in monomial:
+            interval = _times(interval, _atom_bounds(atom))
+        low, high = low + interval[0], high + interval[1]
+    return (low, high)
 
 
-def _atom_lower(atom: Atom) -> float:
+def _times(a: _Interval, b: _Interval) -> _Interval:
+    # An unbounded factor times 0 is 0: sizes are finite.
+    ends = [0.0 if x == 0 or y == 0 else x * y for x in a for y in b]
+    return (min(ends), max(ends))
+
+
+def _atom_bounds(atom: Atom) -> _Interval:
+    if not atom.op:
+        return (0.0, math.inf)
+    (low, high), (other_low, other_high) = (_bounds(arg) for arg in atom.args)
     if atom.op == "Max":
-        return max(0.0, max(lower_bound(arg) for arg in atom.args))
-    # Factors are multiplied, so a bound below zero would be no bound; such atoms arise from malformed slices only.
-    return 0.0 if atom.op in ("", "Mod") or all(lower_bound(arg) >= 0 for arg in atom.args) else -math.inf
-
-
-def _atom_upper(atom: Atom) -> float:
+        return (max(low, other_low), max(high, other_high))
     if atom.op == "Min":
-        return min((float(arg) for arg in atom.args if isinstance(arg, int)), default=math.inf)
-    if atom.op == "Mod" and isinstance(atom.args[1], int):
-        return atom.args[1] - 1
-    return math.inf
+        return (min(low, other_low), min(high, other_high))
+    divisor = atom.args[1]
+    if atom.op == "Mod":
+        return (0.0, divisor - 1 if isinstance(divisor, int) else math.inf) if other_low >= 0 else (-math.inf, math.inf)
+    if isinstance(divisor, int) and divisor > 0:
+        return (low // divisor if math.isfinite(low) else low, high // divisor if math.isfinite(high) else high)
+    return (0.0, math.inf) if low >= 0 and other_low >= 0 else (-math.inf, math.inf)
 
 
 def at_least(left: Size, right: Size) -> bool:
     """Whether ``left >= right`` is certain, whatever the sizes are."""
-    return lower_bound(left - right) >= 0
+    difference = left - right
+    return lower_bound(difference) >= 0 or lower_bound(_without_quotients(difference)) >= 0
+
+
+def _without_quotients(size: Size) -> Size:
+    """Something of which the sign bounds that of ``size`` from below: ``-(a//n)`` is at least ``-a/n``, times n."""
+    for _ in range(4):
+        if isinstance(size, int):
+            return size
+        for monomial, factor in size.terms.items():
+            if factor < 0 and len(monomial) == 1 and monomial[0].op == "//":
+                dividend, divisor = monomial[0].args
+                if isinstance(divisor, int) and divisor > 0:
+                    rest = size - _from_terms({monomial: factor})
+                    size = rest * divisor + dividend * factor
+                    break
+        else:
+            return size
+    return size
 
 
 def _extreme(op: str, left: Size, right: Size, python: Callable[[int, int], int]) -> Size:

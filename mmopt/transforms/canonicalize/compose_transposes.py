@@ -1,7 +1,9 @@
 """Joins transposes that follow each other: ``Transpose_q(Transpose_p(x)) = Transpose_r(x)`` with ``r[i] = p[q[i]]``.
 
-Transpose<0, 2, 1>(Transpose<0, 2, 1>(x))  →  x
-Transpose<1, 0, 2>(Transpose<0, 2, 1>(x))  →  Transpose<2, 0, 1>(x)
+    Transpose<0, 2, 1>(Transpose<0, 2, 1>(x))  →  x
+    Transpose<1, 0, 2>(Transpose<0, 2, 1>(x))  →  Transpose<2, 0, 1>(x)
+
+The first one stays where something else reads it.
 """
 
 from __future__ import annotations

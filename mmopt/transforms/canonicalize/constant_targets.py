@@ -25,7 +25,7 @@ def _reshape(node: ir.Node, rewriter: Rewriter) -> bool:
     before, after = rewriter.shape(node.inputs[0]), rewriter.shape(node.outputs[0])
     if len(node.inputs) != 2 or before is None or after is None or constant_ints(node.inputs[1]) is not None:
         return False
-    target = _reshape_target(before, after)
+    target = reshape_target(before, after)
     if target is None or integer(node, "allowzero", 0) is None:
         return False
     # Under allowzero a 0 would be an empty axis. The new target has no such 0, so it does not need the attribute.
@@ -33,7 +33,8 @@ def _reshape(node: ir.Node, rewriter: Rewriter) -> bool:
     return _set_target(node, rewriter, target)
 
 
-def _reshape_target(before: Sequence[Size | None], after: Sequence[Size | None]) -> list[int] | None:
+def reshape_target(before: Sequence[Size | None], after: Sequence[Size | None]) -> list[int] | None:
+    """A constant target that takes shape ``before`` to ``after`` whatever the named sizes are, if there is one."""
     target: list[int] = []
     for axis, size in enumerate(after):
         if size is None:

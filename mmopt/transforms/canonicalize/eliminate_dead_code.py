@@ -1,7 +1,9 @@
 """Removes what no output depends on: nodes, initializers, local functions, optional outputs, opset imports.
 
-y = Relu(x); z = Exp(x); return y            →  y = Relu(x); return y
-v, i = MaxPool(x); return v                  →  v = MaxPool(x); return v
+    y = Relu(x); z = Exp(x); return y            →  y = Relu(x); return y
+    v, i = MaxPool(x); return v                  →  v = MaxPool(x); return v
+
+Bodies of If, Loop and Scan are swept too, and what only a dead one reads is dead as well.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
 """Joins casts where the first loses nothing: ``Cast_C(Cast_B(x)) = Cast_C(x)`` when every value of A is one of B.
 
-Cast<float>(Cast<double>(x: float))    →  x
-Cast<int8>(Cast<int64>(x: int32))      →  Cast<int8>(x)
-Cast<float>(Cast<bfloat16>(x: float))  stays: it rounds, and says on purpose in which precision to compute
+    Cast<float>(Cast<double>(x: float))    →  x
+    Cast<int8>(Cast<int64>(x: int32))      →  Cast<int8>(x)
+    Cast<float>(Cast<bfloat16>(x: float))  stays: it rounds, and says on purpose in which precision to compute
+
+What is in between stays where something else reads it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
 """Joins operators that only change the shape: Reshape, Flatten, Squeeze and Unsqueeze keep the order of elements.
 
-Reshape(Reshape(x, s), t)          →  Reshape(x, t)
-Squeeze<1>(Unsqueeze<1>(x))        →  x
-Flatten(Reshape(x, s))             →  x                 when the shapes of x and the result are equal
-Unsqueeze<0>(Unsqueeze<0>(x))      →  Unsqueeze<0, 1>(x)
+    Reshape(Reshape(x, s), t)        →  Reshape(x, t)
+    Squeeze<1>(Unsqueeze<1>(x))      →  x
+    Flatten(Reshape(x, s))           →  x                 when the shapes of x and the result are equal
+    Unsqueeze<0>(Unsqueeze<0>(x))    →  Unsqueeze<0, 1>(x)
+    Squeeze<0>(Reshape(x, s))        →  Reshape(x, t)
+
+What is in between stays where something else reads it.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ import dataclasses
 import numpy as np
 import onnx_ir as ir
 
+from mmopt.transforms.canonicalize.constant_targets import reshape_target
 from mmopt.transforms.canonicalize.editing import axes_of, is_onnx, new_initializer
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass
 
@@ -90,11 +94,27 @@ def _unsqueeze(node: ir.Node, rewriter: Rewriter) -> bool:
     return rewriter.replace(node, joined.outputs[0])
 
 
+def _as_reshape(node: ir.Node, rewriter: Rewriter) -> bool:
+    """Two different operators with nothing else in between are one Reshape."""
+    inner = _inner(node)
+    if inner is None or inner.inputs[0] is None or len(inner.outputs[0].uses()) > 1 or node.graph is None:
+        return False
+    before, after = rewriter.shape(inner.inputs[0]), rewriter.shape(node.outputs[0])
+    target = None if before is None or after is None else reshape_target(before, after)
+    if target is None or inner.outputs[0].is_graph_output() or rewriter.opset(node) < 5:
+        return False
+    name = rewriter.names.fresh(f"{node.outputs[0].name}_shape")
+    value = new_initializer(node.graph, ir.tensor(np.array(target, dtype=np.int64)), name)
+    joined = rewriter.emit("Reshape", [inner.inputs[0], value], node, like=node.outputs[0])
+    return rewriter.replace(node, joined.outputs[0])
+
+
 RULES = (
     Rule("cancel-reshapes", SHAPE_ONLY, _cancel),
     Rule("reshape-of-reshape", ("Reshape",), _reshape),
     Rule("squeeze-of-unsqueeze", ("Squeeze", "Unsqueeze"), _inverse),
     Rule("unsqueeze-of-unsqueeze", ("Unsqueeze",), _unsqueeze),
+    Rule("two-in-one-reshape", ("Flatten", "Squeeze", "Unsqueeze"), _as_reshape),
 )
 
 

@@ -1,10 +1,12 @@
 """Removes nodes that hand on their input unchanged.
 
-y = Identity(x)                       →  x
-y = Cast<to: type of x>(x)            →  x
-y = Transpose<perm: 0, 1, 2>(x)       →  x
-y = Reshape(x, its own shape)         →  x      likewise Expand, Tile by 1, Slice of everything, Pad by 0,
-y = Concat(x), Split into one, Sum(x) →  x      Unsqueeze by no axes, Concat with an empty part
+    y = Identity(x)                       →  x
+    y = Cast<to: type of x>(x)            →  x
+    y = Transpose<perm: 0, 1, 2>(x)       →  x
+    y = Reshape(x, its own shape)         →  x      likewise Expand, Tile by 1, Slice of everything, Pad by 0,
+    y = Concat(x), Split into one, Sum(x) →  x      Unsqueeze by no axes, Concat with an empty part
+
+Sizes are compared as inference knows them; an annotation in the file proves nothing.
 """
 
 from __future__ import annotations
@@ -106,11 +108,6 @@ def _concat_empty(node: ir.Node, rewriter: Rewriter) -> bool:
     return rewriter.replace(node, shorter.outputs[0])
 
 
-def _clip(node: ir.Node, rewriter: Rewriter) -> bool:
-    unbounded = not node.attributes and all(value is None for value in node.inputs[1:])
-    return unbounded and rewriter.opset(node) >= 11 and _forward(node, rewriter)
-
-
 RULES = (
     Rule("identity", ("Identity",), _identity),
     Rule("cast-to-own-type", ("Cast", "CastLike"), _cast),
@@ -124,7 +121,6 @@ RULES = (
     Rule("one-operand", ("Concat", "Sum", "Max", "Min", "Mean"), _single),
     Rule("split-in-one", ("Split",), _split),
     Rule("concat-empty-part", ("Concat",), _concat_empty),
-    Rule("clip-without-bounds", ("Clip",), _clip),
 )
 
 

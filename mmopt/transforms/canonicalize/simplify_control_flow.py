@@ -1,8 +1,10 @@
 """Takes control flow apart whose course is known.
 
-y = If(True, then: {z = Exp(x); return z}, else: …)    →   y = Exp(x)
-y, s = Loop(0, cond, x, body)                          →   y = x, s = an empty tensor
-y = Loop(n, False, x, body)                            →   y = x
+    y = If(True, then: {z = Exp(x); return z}, else: …)    →   y = Exp(x)
+    y, s = Loop(0, cond, x, body)                          →   y = x, s = an empty tensor
+    y = Loop(n, False, x, body)                            →   y = x
+
+Everything else about loops stays as it is.
 """
 
 from __future__ import annotations
