@@ -1,7 +1,240 @@
-"""Vector polynomials in place of scalar calls to the C library's mathematical functions."""
+"""Vector polynomials in place of scalar calls to the C library's mathematical functions.
+
+Every function here takes a scalar or vector float32 expression and gives one built from arithmetic, comparisons and
+integer shifts only, so that LLVM keeps it in vector registers. Other types go to LLVM's own intrinsics. Errors against
+float64 are at most 2 units in the last place over all finite inputs; infinities and NaN give what the C library gives.
+
+The polynomials were fitted for this file; ``benchmarks/fit_intrinsics.py`` recomputes them.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Sequence
 
+from tvm import tirx
+from tvm.ir import Call, Expr
+
+_EXP = (0.5, 0.1666666716337204, 0.041666269302368164, 0.008333263918757439, 0.0013946177205070853, 0.000199185247765854)
+_TANH = (
+    -0.3333333134651184,
+    0.13333210349082947,
+    -0.05394720286130905,
+    0.021702969446778297,
+    -0.008182677440345287,
+    0.0021475397516041994,
+)
+_ERF_SMALL = (
+    0.12837916612625122,
+    -0.37612637877464294,
+    0.11283782869577408,
+    -0.02686544507741928,
+    0.005221074912697077,
+    -0.0008484711870551109,
+    0.00011270545655861497,
+    -9.68013955571223e-06,
+)
+_ERF_LARGE = (
+    0.0001966603595064953,
+    -1.129621982574463,
+    -0.6331250667572021,
+    -0.10853427648544312,
+    0.0252948310226202,
+    -0.00424523139372468,
+    0.0004530447185970843,
+    -2.357490848226007e-05,
+    1.3053957559350238e-07,
+)
+_LOG = (
+    0.3333331346511841,
+    -0.25000008940696716,
+    0.2000211924314499,
+    -0.1666799634695053,
+    0.14219552278518677,
+    -0.1240558922290802,
+    0.11888162791728973,
+    -0.11675651371479034,
+    0.0674663856625557,
+)
+
+_LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
+"""ln 2 in two parts; the first has few bits, so that its product with a small integer is exact."""
+
+_SQRT_HALF_BITS = 0x3F3504F3
+
+
+def _c(like: Expr, value: float) -> Expr:
+    """``value`` in the type (and with the lanes) of ``like``."""
+    return tirx.const(value, str(like.ty))
+
+
+def _int(like: Expr, value: int) -> Expr:
+    return tirx.const(value, _integer(like))
+
+
+def _integer(like: Expr) -> str:
+    return str(like.ty).replace("float32", "int32")
+
+
+def _polynomial(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """Horner's scheme, constant term first."""
+    value = _c(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        value = value * x + _c(x, coefficient)
+    return value
+
+
+def _power_of_two(n: Expr, like: Expr) -> Expr:
+    """2^n for an integer vector within the exponent's range."""
+    return tirx.reinterpret(str(like.ty), tirx.shift_left(n + _int(like, 127), _int(like, 23)))
+
+
+def _let(value: Expr, body: Callable[[Expr], Expr]) -> Expr:
+    """``body`` of ``value``, computed once however often ``body`` uses it."""
+    if isinstance(value, tirx.Var):
+        return body(value)
+    var = tirx.Var("x", str(value.ty))
+    return tirx.Let(var, value, body(var))
+
+
+def _magnitude(x: Expr) -> Expr:
+    return tirx.max(x, _c(x, 0.0) - x)
+
+
+def _unless_nan(x: Expr, value: Expr) -> Expr:
+    return tirx.Select(x.equal(x), value, x)
+
+
+def exp(x: Expr) -> Expr:
+    """e^x = 2^n · e^r with |r| ≤ ln2/2; 2^n is applied in two steps, which keeps overflow and subnormals right."""
+
+    def scaled(r: Expr, n: Expr) -> Expr:
+        value = _polynomial(r, _EXP) * (r * r) + r + _c(r, 1.0)
+        half = tirx.shift_right(n, _int(r, 1))
+        return value * _power_of_two(half, r) * _power_of_two(n - half, r)
+
+    def reduced(bounded: Expr) -> Expr:
+        n = tirx.nearbyint(bounded * _c(bounded, 1.4426950408889634))
+        return _let(n, lambda n: _let(_rest(bounded, n), lambda r: _let(n.astype(_integer(r)), lambda k: scaled(r, k))))
+
+    def whole(x: Expr) -> Expr:
+        bounded = tirx.max(tirx.min(x, _c(x, 89.0)), _c(x, -104.0))
+        return _unless_nan(x, _let(bounded, reduced))
+
+    return _let(x, whole)
+
+
+def _rest(x: Expr, n: Expr) -> Expr:
+    return (x - n * _c(x, _LN2_HIGH)) - n * _c(x, _LN2_LOW)
+
+
+def sigmoid(x: Expr) -> Expr:
+    """1 / (1 + e^-x), through e^-|x| so that neither side loses digits; the rounding of the sum is corrected."""
+
+    def corrected(x: Expr, small: Expr, total: Expr, value: Expr) -> Expr:
+        one = _c(x, 1.0)
+        lost = small - (total - one)
+        return value - value * lost * tirx.Select(x >= _c(x, 0.0), value, one - value)
+
+    def divided(x: Expr, small: Expr, total: Expr) -> Expr:
+        value = tirx.Select(x >= _c(x, 0.0), _c(x, 1.0), small) / total
+        return _let(value, lambda value: corrected(x, small, total, value))
+
+    def whole(x: Expr) -> Expr:
+        small = exp(_c(x, 0.0) - _magnitude(x))
+        value = _let(small, lambda e: _let(_c(x, 1.0) + e, lambda total: divided(x, e, total)))
+        return _unless_nan(x, value)
+
+    return _let(x, whole)
+
+
+def _odd(x: Expr, coefficients: Sequence[float]) -> Expr:
+    """x + x · p(x²)."""
+    return _let(x * x, lambda square: x * _polynomial(square, coefficients) + x)
+
+
+def _signed(x: Expr, magnitude: Expr) -> Expr:
+    return _let(magnitude, lambda m: tirx.Select(x < _c(x, 0.0), _c(x, 0.0) - m, m))
+
+
+def tanh(x: Expr) -> Expr:
+    """Odd polynomial up to 0.625, 1 − 2 / (e^2|x| + 1) beyond."""
+
+    def whole(x: Expr) -> Expr:
+        large = _c(x, 1.0) - _c(x, 2.0) / (exp(_c(x, 2.0) * _magnitude(x)) + _c(x, 1.0))
+        small = _odd(x, (0.0, *_TANH))
+        return tirx.Select(_magnitude(x) <= _c(x, 0.625), small, _unless_nan(x, _signed(x, large)))
+
+    return _let(x, whole)
+
+
+def erf(x: Expr) -> Expr:
+    """Odd polynomial up to 1, 1 − e^q(|x|) beyond."""
+
+    def whole(x: Expr) -> Expr:
+        bounded = tirx.min(_magnitude(x), _c(x, 4.0))
+        large = _c(x, 1.0) - exp(_let(bounded, lambda m: _polynomial(m, _ERF_LARGE)))
+        small = _odd(x, _ERF_SMALL)
+        return tirx.Select(_magnitude(x) <= _c(x, 1.0), small, _unless_nan(x, _signed(x, large)))
+
+    return _let(x, whole)
+
+
+def log(x: Expr) -> Expr:
+    """ln(2^e · m) = e·ln2 + ln(m) with m in [√½, √2)."""
+
+    def series(e: Expr, f: Expr) -> Expr:
+        def sum_up(square: Expr) -> Expr:
+            tail = f * square * _polynomial(f, _LOG) + e * _c(f, _LN2_LOW) - square * _c(f, 0.5)
+            return f + tail + e * _c(f, _LN2_HIGH)
+
+        return _let(f * f, sum_up)
+
+    def split(x: Expr, bits: Expr) -> Expr:
+        def parts(exponent: Expr) -> Expr:
+            mantissa = tirx.reinterpret(str(x.ty), bits - tirx.shift_left(exponent, _int(x, 23)))
+            e = exponent.astype(str(x.ty)) - tirx.Select(_is_tiny(x), _c(x, 23.0), _c(x, 0.0))
+            return _let(e, lambda e: _let(mantissa - _c(x, 1.0), lambda f: series(e, f)))
+
+        return _let(tirx.shift_right(bits - _int(x, _SQRT_HALF_BITS), _int(x, 23)), parts)
+
+    def whole(x: Expr) -> Expr:
+        scaled = tirx.Select(_is_tiny(x), x * _c(x, 8388608.0), x)
+        value = _let(tirx.reinterpret(_integer(x), scaled), lambda bits: split(x, bits))
+        special = tirx.Select(x.equal(_c(x, 0.0)), _c(x, float("-inf")), _c(x, float("nan")))
+        value = tirx.Select(x > _c(x, 0.0), value, special)
+        return _unless_nan(x, tirx.Select(x.equal(_c(x, float("inf"))), x, value))
+
+    return _let(x, whole)
+
+
+def _is_tiny(x: Expr) -> Expr:
+    """Whether ``x`` is subnormal (or negative, which is dealt with elsewhere)."""
+    return x < _c(x, 1.1754943508222875e-38)
+
+
+_FLOAT32: dict[str, Callable[[Expr], Expr]] = {"exp": exp, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "log": log}
+
+
+def _lower(name: str, call: Call) -> Expr:
+    x = call.args[0]
+    if str(x.ty).startswith("float32"):
+        return _FLOAT32[name](x)
+    return _by_library(name, x)
+
+
+def _by_library(name: str, x: Expr) -> Expr:
+    dtype = str(x.ty)
+    if name == "sigmoid":
+        one = tirx.const(1.0, dtype)
+        return one / (one + _by_library("exp", tirx.const(0.0, dtype) - x))
+    if name == "erf":
+        return tirx.call_pure_extern(dtype, "erf" if dtype == "float64" else "erff", x)
+    return tirx.call_llvm_pure_intrin(dtype, f"llvm.{name}", x)
+
+
+@functools.lru_cache(maxsize=1)
 def register() -> None:
     """Make TVM's LLVM backend use the functions of this file. Idempotent."""
+    for name in _FLOAT32:
+        tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=functools.partial(_lower, name), level=99)

@@ -1,0 +1,92 @@
+"""Recomputes the polynomial coefficients of ``mmopt/backends/cpu/intrinsics.py``.
+
+Each fit minimizes the relative error of the whole function by weighted least squares on Chebyshev nodes, with
+iteratively re-weighted nodes (Lawson's algorithm), which converges to the minimax polynomial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+
+def fit(target: Function, low: float, high: float, degree: int, weight: Function, rounds: int = 200) -> np.ndarray:
+    """Coefficients, constant term first, of the polynomial nearest to ``target`` in the weighted maximum norm."""
+    nodes = np.cos(np.pi * (np.arange(4000) + 0.5) / 4000)
+    x = (low + high) / 2 + nodes * (high - low) / 2
+    scale = max(abs(low), abs(high))
+    basis = np.vander(x / scale, degree + 1, increasing=True)
+    y, w = target(x), np.abs(weight(x))
+    lawson = np.ones_like(x) / len(x)
+    best, best_error = np.zeros(degree + 1), np.inf
+    for _ in range(rounds):
+        root = np.sqrt(lawson) * w
+        solution = np.linalg.lstsq(basis * root[:, None], y * root, rcond=None)[0]
+        error = np.abs((basis @ solution - y) * w)
+        if error.max() < best_error:
+            best, best_error = solution, error.max()
+        lawson = lawson * error
+        lawson /= lawson.sum()
+    return best / scale ** np.arange(degree + 1)
+
+
+def erf_series(x: np.ndarray) -> np.ndarray:
+    """erf from its library implementation in float64."""
+    from scipy.special import erf
+
+    return erf(x)
+
+
+def main() -> None:
+    """Print all coefficient tables."""
+    from scipy.special import erfcx
+
+    ln2 = np.log(2)
+
+    def show(name: str, coefficients: np.ndarray) -> None:
+        print(name, "=", tuple(float(np.float32(c)) for c in coefficients))
+
+    # exp(r) = 1 + r + r² p(r) on |r| <= ln2/2
+    def exp_tail(r: np.ndarray) -> np.ndarray:
+        safe = np.where(np.abs(r) < 1e-3, 1.0, r)
+        series = 0.5 + r / 6 + r**2 / 24 + r**3 / 120
+        return np.where(np.abs(r) < 1e-3, series, (np.expm1(safe) - safe) / safe**2)
+
+    show("EXP", fit(exp_tail, -ln2 / 2 * 1.001, ln2 / 2 * 1.001, 5, lambda r: r**2 + 1e-9))
+
+    # tanh(x) = x + x³ p(x²) on |x| <= 0.625
+    def tanh_tail(s: np.ndarray) -> np.ndarray:
+        x = np.sqrt(s)
+        safe = np.where(x < 1e-2, 1.0, x)
+        series = -1 / 3 + 2 * s / 15 - 17 * s**2 / 315
+        return np.where(x < 1e-2, series, (np.tanh(safe) - safe) / safe**3)
+
+    show("TANH", fit(tanh_tail, 0.0, 0.625**2, 5, lambda s: s + 1e-9))
+
+    # erf(x) = x + x p(x²) on |x| <= 1
+    def erf_tail(s: np.ndarray) -> np.ndarray:
+        x = np.sqrt(np.maximum(s, 1e-30))
+        return erf_series(x) / x - 1
+
+    show("ERF_SMALL", fit(erf_tail, 0.0, 1.0, 7, lambda s: np.ones_like(s)))
+
+    # erf(x) = 1 - exp(q(x)) on 1 <= x <= 4: q(x) = log(erfc(x))
+    def log_erfc(x: np.ndarray) -> np.ndarray:
+        return np.log(erfcx(x)) - x**2
+
+    show("ERF_LARGE", fit(log_erfc, 0.99, 4.0, 8, lambda x: np.exp(log_erfc(x)) / erf_series(x)))
+
+    # log(1+f) = f - f²/2 + f³ p(f) on sqrt(1/2)-1 <= f <= sqrt(2)-1
+    def log_tail(f: np.ndarray) -> np.ndarray:
+        safe = np.where(np.abs(f) < 1e-3, 1.0, f)
+        series = 1 / 3 - f / 4 + f**2 / 5 - f**3 / 6
+        return np.where(np.abs(f) < 1e-3, series, (np.log1p(safe) - safe + safe**2 / 2) / safe**3)
+
+    show("LOG", fit(log_tail, np.sqrt(0.5) - 1, np.sqrt(2) - 1, 8, lambda f: f**3 / np.log1p(np.where(f == 0, 1e-9, f))))
+
+
+if __name__ == "__main__":
+    main()

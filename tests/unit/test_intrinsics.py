@@ -1,0 +1,76 @@
+"""Vector polynomials against float64, in units in the last place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import scipy.special
+import tvm
+from tvm import tirx
+
+from mmopt.backends.compute import Map, Source
+from mmopt.backends.cpu import intrinsics
+from mmopt.backends.cpu.emit import KernelEmitter
+from mmopt.backends.cpu.pipeline import target_of
+from mmopt.backends.profile import native_profile
+
+ORACLES = {
+    "exp": np.exp,
+    "tanh": np.tanh,
+    "erf": scipy.special.erf,
+    "sigmoid": scipy.special.expit,
+    "log": np.log,
+}
+
+
+def evaluate(name: str, x: np.ndarray) -> np.ndarray:
+    intrinsics.register()
+    profile = native_profile()
+    source = Source(x.shape, str(x.dtype), "x")
+    result = Map(x.shape, str(x.dtype), lambda i: getattr(tirx, name)(source[i]), "y")
+    kernel = KernelEmitter([result], profile).build()
+    module = tvm.IRModule({"f": kernel.function.with_attr("global_symbol", "f")})
+    compiled = tvm.compile(module, target=target_of(profile))
+    y = tvm.runtime.tensor(np.zeros_like(x))
+    compiled["f"](tvm.runtime.tensor(x), y)
+    return y.numpy()
+
+
+def samples(count: int = 400_000) -> np.ndarray:
+    """Floats of every exponent, dense around the ranges where the formulas switch."""
+    rng = np.random.default_rng(0)
+    bits = rng.integers(0, 1 << 32, count, dtype=np.uint32)
+    every = bits.view(np.float32)
+    every = every[np.isfinite(every)]
+    dense = np.concatenate([rng.uniform(-110, 110, count), rng.uniform(-5, 5, count), rng.uniform(0.5, 1.5, count)])
+    return np.concatenate([every, dense.astype(np.float32)])
+
+
+@pytest.mark.parametrize("name", sorted(ORACLES))
+def test_error_is_at_most_two_units_in_the_last_place(name: str) -> None:
+    x = samples()
+    if name == "log":
+        x = x[x > 0]
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        exact = ORACLES[name](x.astype(np.float64))
+        got = evaluate(name, x).astype(np.float64)
+        rounded = exact.astype(np.float32)
+        unit = np.spacing(np.maximum(np.abs(rounded), np.finfo(np.float32).tiny)).astype(np.float64)
+        same = rounded.astype(np.float64) == got
+        error = np.where(same, 0.0, np.abs(got - exact) / unit)
+    worst = int(np.argmax(error))
+    assert error[worst] <= 2.0, f"{name}({x[worst]!r}) = {got[worst]!r}, exactly {exact[worst]!r}: {error[worst]:.2f} ulp"
+
+
+@pytest.mark.parametrize("name", sorted(ORACLES))
+def test_special_values(name: str) -> None:
+    x = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0] * 7, np.float32)
+    with np.errstate(all="ignore"):
+        expected = ORACLES[name](x)
+    np.testing.assert_array_equal(evaluate(name, x), expected)
+
+
+@pytest.mark.parametrize("name", sorted(ORACLES))
+def test_float64_uses_the_library(name: str) -> None:
+    x = np.linspace(0.1, 3, 37)
+    np.testing.assert_allclose(evaluate(name, x), ORACLES[name](x), rtol=1e-14)
