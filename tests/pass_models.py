@@ -27,8 +27,7 @@ def make_module(nodes, inputs, outputs, weights, *, functions=(), domains=(), va
     )
     imports = [helper.make_opsetid("", OPSET), *(helper.make_opsetid(domain, 1) for domain in domains)]
     proto = helper.make_model(graph, opset_imports=imports, ir_version=10, functions=list(functions))
-    onnx.checker.check_model(proto)
-    return Module(ir.from_proto(onnx.shape_inference.infer_shapes(proto)))
+    return Module(ir.from_proto(onnx.shape_inference.infer_shapes(proto, strict_mode=True)))
 
 
 def _node(op, inputs, output, **attributes):

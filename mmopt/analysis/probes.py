@@ -90,11 +90,12 @@ def load_inputs(path: pathlib.Path, module: Module) -> Inputs:
         UserError: The file cannot be read, or an input is missing, unknown, or of the wrong dtype or shape.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not hasattr(archive, "files"):
-                raise ValueError("it holds one bare array, not arrays by name")
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it holds one bare array, not arrays by name")
+        with archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read inputs: {error}", where=str(path), hint="write it with numpy.savez") from error
     return check_inputs(arrays, module, where=str(path))
 

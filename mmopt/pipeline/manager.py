@@ -157,6 +157,7 @@ class _Run:
         self._known: Known | None = None
         self._sets = {"each": _ALL}.get(manager.validate, 0)
         self._may_narrow = True
+        self._applied: list[Pass] = []
         self.current = module
         self.remarks: list[Remark] = []
 
@@ -264,6 +265,7 @@ class _Run:
             self._spare = work
             return
         record.status = APPLIED
+        self._applied.append(pass_)
         work.provenance.append(f"pass {record.spec}")
         self.current = work
         self._dump.write(pass_.name, work)
@@ -322,6 +324,7 @@ class _Run:
         self._sets, self._may_narrow = _ALL, False
         self.current, self._known, self._spare = start, known, None
         self._report.passes.clear()
+        self._applied.clear()
         self.remarks.clear()
         self._phases()
 
@@ -332,12 +335,10 @@ class _Run:
 
     def _loosest(self) -> tuple[Fidelity, float | None]:
         """What all applied passes together may do to the outputs."""
-        passes = {pass_.spec(): pass_ for phase in self._manager.phases for pass_ in phase.passes}
-        applied = [passes[record.spec] for record in self._report.applied]
-        lossy = [pass_.error_bound() for pass_ in applied if pass_.fidelity is Fidelity.LOSSY]
+        lossy = [pass_.error_bound() for pass_ in self._applied if pass_.fidelity is Fidelity.LOSSY]
         if lossy:
             return Fidelity.LOSSY, math.inf if None in lossy else sum(bound for bound in lossy if bound is not None)
-        rounding = any(pass_.fidelity is Fidelity.ROUNDING for pass_ in applied)
+        rounding = any(pass_.fidelity is Fidelity.ROUNDING for pass_ in self._applied)
         return (Fidelity.ROUNDING if rounding else Fidelity.EXACT), None
 
 
