@@ -62,6 +62,7 @@ class _Simplifier:
 
     @property
     def _fresh(self) -> editing.Names:
+        """Names of the whole model; first asked for while every node is still in its graph."""
         if self._names is None:
             self._names = editing.Names(self._model)
         return self._names
@@ -76,13 +77,13 @@ class _Simplifier:
         attribute = node.attributes.get("then_branch" if condition else "else_branch")
         if condition is None or graph is None or attribute is None or attribute.is_ref():
             return None
-        body = attribute.as_graph()
+        body, names = attribute.as_graph(), self._fresh
         results = list(body.outputs)
         body.outputs.clear()
         for value in list(body.initializers.values()):
             del body.initializers[str(value.name)]
-            if self._fresh.is_shared(value.name) or value.name in graph.initializers:
-                value.name = self._fresh.fresh(str(value.name))
+            if names.is_shared(value.name) or value.name in graph.initializers:
+                value.name = names.fresh(str(value.name))
             graph.register_initializer(value)
         nodes = list(body)
         body.remove(nodes)
