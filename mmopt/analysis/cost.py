@@ -163,7 +163,7 @@ def _is_weight(graph: FlatGraph, value: int, tensor: ir.TensorProtocol) -> bool:
     quantized = [(n, k) for n, k in users if n.op in ops.QUANTIZERS or "QLinear" in n.op or "NBits" in n.op]
     if not tensor.dtype.is_floating_point():
         narrow = tensor.dtype.bitwidth <= 8 and tensor.dtype != ir.DataType.BOOL
-        return narrow and len(tensor.shape) >= 2 or any(_is_quantized_data(n, k) for n, k in users)
+        return (narrow and len(tensor.shape) >= 2) or any(_is_quantized_data(n, k) for n, k in users)
     if users and len(quantized) == len(users):
         return any(_is_quantized_data(n, k) for n, k in quantized)
     return not _is_additive_mask(users, tensor)

@@ -84,10 +84,10 @@ def extract_entry_points(module: Module, report: TowerReport) -> dict[str, Modul
     return entries
 
 
-def why_uncut(module: Module, towers: Sequence[Tower]) -> str:
+def why_uncut(module: Module, towers: Sequence[Tower], facts: ShapeFacts) -> str:
     """Why a model with these towers cannot be cut; "" when it can."""
     try:
-        _make_plan(module, towers, infer_shapes(module.model))
+        _make_plan(module, towers, facts)
     except _Unclean as error:
         return str(error)
     return ""

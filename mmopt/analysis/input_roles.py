@@ -154,13 +154,14 @@ def _returned_state(given: _Input) -> str:
     dims = graph.dims(given.value)
     if not given.floating or dims is None or not 2 <= len(dims) <= 3:
         return ""
-    for output in graph.outputs:
-        others = streams.reach(output) & ~own
-        if streams.reach(output) & own and others and graph.dims(output) in (dims, None) and _is_batched(given, others):
-            gates = {n.op for n in graph.nodes if n.op in ("Sigmoid", "Tanh", *ops.RECURRENT) and _carries(n, given)}
-            if gates >= {"Sigmoid", "Tanh"} or gates & ops.RECURRENT:
-                return f"gates update it with other data and {graph.name(output)!r} returns it in the same shape"
-    return ""
+    returned = [v for v in graph.outputs if streams.reach(v) & own and graph.dims(v) in (dims, None)]
+    returned = [v for v in returned if _is_batched(given, streams.reach(v) & ~own)]
+    if not returned:
+        return ""
+    gates = {n.op for n in graph.nodes if n.op in ("Sigmoid", "Tanh", *ops.RECURRENT) and _carries(n, given)}
+    if not (gates >= {"Sigmoid", "Tanh"} or gates & ops.RECURRENT):
+        return ""
+    return f"gates update it with other data and {graph.name(returned[0])!r} returns it in the same shape"
 
 
 def _carries(node: FlatNode, given: _Input) -> bool:

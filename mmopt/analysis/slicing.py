@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Collection, Iterable, Sequence
 
@@ -86,6 +87,7 @@ class Slicer:
 
     def __init__(self, graph: ir.Graph, facts: ShapeFacts) -> None:
         self._graph, self._facts = graph, facts
+        self._order = {v: k for k, v in enumerate(v for n in graph for v in n.outputs)}
 
     def select(self, targets: Iterable[ir.Value], stops: Collection[ir.Value], allowed: set[ir.Value]) -> Selection:
         """The nodes that ``targets`` need.
@@ -96,18 +98,21 @@ class Slicer:
             allowed: Inputs of the graph that may be used.
         """
         selection = Selection()
-        waiting: list[ir.Node] = []
+        waiting: collections.deque[ir.Node] = collections.deque()
         self._close(list(targets), stops, selection, waiting)
         while waiting and not selection.refused:
-            node = waiting.pop(0)
-            self._ask(node, stops, allowed, selection, waiting)
+            self._ask(waiting.popleft(), stops, allowed, selection, waiting)
         foreign = [v for v in self._graph.inputs if v in selection.inputs - allowed]
         if foreign and not selection.refused:
             selection.refused = f"the input {foreign[0].name!r}"
         return selection
 
     def _close(
-        self, stack: list[ir.Value], stops: Collection[ir.Value], selection: Selection, waiting: list[ir.Node]
+        self,
+        stack: list[ir.Value],
+        stops: Collection[ir.Value],
+        selection: Selection,
+        waiting: collections.deque[ir.Node],
     ) -> None:
         """Add everything that the values of ``stack`` are computed from; Shape nodes wait with what they ask about."""
         while stack:
@@ -134,7 +139,7 @@ class Slicer:
         stops: Collection[ir.Value],
         allowed: set[ir.Value],
         selection: Selection,
-        waiting: list[ir.Node],
+        waiting: collections.deque[ir.Node],
     ) -> None:
         """Settle a Shape node: its input is at hand, or its sizes are, or its input must be computed."""
         value = node.inputs[0]
@@ -147,12 +152,9 @@ class Slicer:
             selection.nodes.discard(node)
             selection.questions.append(Question(node.outputs[0], dims))
             return
-        trial = Selection(set(selection.nodes), set(selection.values), set(selection.inputs), selection.questions)
-        self._close([value], stops, trial, waiting)
-        if trial.inputs - allowed:
+        self._close([value], stops, selection, waiting)
+        if selection.inputs - allowed:
             selection.refused = f"the shape of {value.name!r}, which belongs to another stream"
-            return
-        selection.nodes, selection.values, selection.inputs = trial.nodes, trial.values, trial.inputs
 
     def _sizes(
         self, node: ir.Node, value: ir.Value, stops: Collection[ir.Value], inputs: Collection[ir.Value]
@@ -174,7 +176,7 @@ class Slicer:
         """An axis of a value at hand for every symbolic size, in the order of the graph."""
         known: dict[Size | None, SizeSource] = {}
         ordered = [v for v in self._graph.inputs if v in inputs]
-        ordered += [v for n in self._graph for v in n.outputs if v in stops] if stops else []
+        ordered += sorted((v for v in stops if v in self._order), key=lambda v: self._order[v])
         for value in ordered:
             for axis, size in enumerate(self._facts.shape(value) or ()):
                 if size is not None and not isinstance(size, int):

@@ -98,17 +98,19 @@ def assign(
 def _shared_heads(
     owner: list[int], leads: list[int], after: list[int], outputs: int, own: Sequence[HeadPart], first: int
 ) -> list[HeadPart]:
-    """Heads after the last fusion: one for every output and one for every set of outputs with nodes in common."""
+    """Heads after the last fusion: one for every output, and one for what several outputs have in common."""
     covered = 0
     for head in own:
         covered |= head.outputs
-    made = dict.fromkeys(leads[k] for k in after)
+    made = {leads[k] for k in after}
     masks = [1 << k for k in range(outputs) if 1 << k in made or not covered >> k & 1]
-    masks += [mask for mask in made if is_mixed(mask)]
     numbers = {mask: number for number, mask in enumerate(masks, first)}
+    heads = [HeadPart(mask, number) for mask, number in numbers.items()]
+    common = 0
     for index in after:
-        owner[index] = numbers.get(leads[index], owner[index])
-    return [HeadPart(mask, number) for mask, number in numbers.items()]
+        common |= leads[index] if is_mixed(leads[index]) else 0
+        owner[index] = numbers.get(leads[index], first + len(masks))
+    return [*heads, HeadPart(common, first + len(masks))] if common else heads
 
 
 def _before(graph: FlatGraph, joins: Iterable[Join]) -> list[bool]:

@@ -30,6 +30,9 @@ class Parts:
         self.graph, self.costs = graph, costs
         self.users = _using_parts(graph, owner)
         self.owner = [own if own >= 0 else _single(self.users[k]) for k, own in enumerate(owner)]
+        self._members: dict[int, list[int]] = {}
+        for index, number in enumerate(self.owner):
+            self._members.setdefault(number, []).append(index)
         self.weights = {
             value: (count, _union(self.users[k] for k in graph.consumers[value] if graph.nodes[k].op not in ops.DEAD))
             for value, count in cost.weights(graph).items()
@@ -37,7 +40,7 @@ class Parts:
 
     def part(self, number: int) -> Part:
         """Nodes and cost of a part."""
-        members = [k for k, own in enumerate(self.owner) if own == number]
+        members = self._members.get(number, [])
         names = tuple(dict.fromkeys(self.graph.nodes[k].name for k in members))
         parameters = sum(count for count, users in self.weights.values() if users >> number & 1)
         return Part(names, parameters, cost.add(self.costs[k].macs for k in members))

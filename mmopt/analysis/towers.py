@@ -16,6 +16,7 @@ from mmopt.analysis.dataflow import FlatGraph, flatten
 from mmopt.analysis.entry_points import extract_entry_points, why_uncut
 from mmopt.analysis.fusion_points import Join, find_joins
 from mmopt.analysis.modalities import COMMON, UNUSED, InputRole, classify
+from mmopt.analysis.shapes import infer_shapes
 from mmopt.analysis.streams import Streams, follow
 from mmopt.analysis.tower_heads import Assignment, OwnHead, assign, is_mixed
 from mmopt.analysis.tower_parts import Parts
@@ -46,7 +47,9 @@ def analyze_towers(module: Module, binding: Mapping[str, int] | None = None) -> 
     structure = _Structure(graph, classify(graph, module.modalities))
     parts = Parts(graph, structure.assignment.owner, cost.node_costs(graph, binding))
     report = _Writer(structure, parts).report()
-    return report if report.uncut else dataclasses.replace(report, uncut=why_uncut(module, report.towers))
+    # Facts about the values of a copy with calls inlined say nothing about the values of the module itself.
+    facts = infer_shapes(module.model) if module.model.functions else graph.facts
+    return report if report.uncut else dataclasses.replace(report, uncut=why_uncut(module, report.towers, facts))
 
 
 class _Structure:

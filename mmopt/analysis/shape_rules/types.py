@@ -74,6 +74,8 @@ def infer_by_onnx(view: NodeView, types: Sequence[ir.TypeProtocol | None]) -> li
     if schema is None or not schema.has_type_and_shape_inference_function:
         return None
     names = ["" if value is None else f"i{i}" for i, value in enumerate(node.inputs)]
+    if any(name and types[i] is None for i, name in enumerate(names)):
+        return None
     proto = onnx.NodeProto(op_type=node.op_type, domain=node.domain, input=names)
     proto.output.extend(f"o{i}" for i in range(len(node.outputs)))
     for name in node.attributes:
