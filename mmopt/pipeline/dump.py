@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 
 from mmopt.ir.module import Module
+from mmopt.ir.text import to_text
 
 
 class Dump:
@@ -24,8 +25,6 @@ class Dump:
         """Write ``module`` under the next number; of a module too broken to print, the reason is written."""
         if self._folder is None:
             return
-        from mmopt.ir.text import to_text
-
         try:
             text = to_text(module)
         except Exception as error:  # a rejected module can be broken in any way, and its dump is wanted most

@@ -183,6 +183,7 @@ class _Run:
         if self._known is not None and self._known.outputs:
             first = self._known.outputs[0]
             report.engine = first.engine
+            report.notes.extend(_blind_spots(self._known.outputs))
             if first.reason:
                 report.notes.append(f"onnxruntime cannot load the model ({first.reason}); used {first.engine} instead")
 
@@ -340,6 +341,14 @@ class _Run:
             return Fidelity.LOSSY, math.inf if None in lossy else sum(bound for bound in lossy if bound is not None)
         rounding = any(pass_.fidelity is Fidelity.ROUNDING for pass_ in self._applied)
         return (Fidelity.ROUNDING if rounding else Fidelity.EXACT), None
+
+
+def _blind_spots(outputs: Sequence[Outputs]) -> Iterator[str]:
+    """Say which outputs are NaN or infinite throughout: no change of their values can be seen."""
+    for name, value in outputs[0].items():
+        arrays = [values[name] for values in outputs]
+        if isinstance(value, np.ndarray) and value.dtype.kind == "f" and not any(np.isfinite(a).any() for a in arrays):
+            yield f"output {name!r} is NaN or infinite throughout on these inputs, so its values check nothing"
 
 
 def _as_phases(passes: Sequence[Pass | Phase]) -> list[Phase]:

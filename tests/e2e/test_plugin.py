@@ -32,6 +32,7 @@ print(json.dumps({"info": info, "status": report.passes[0].status, "stamp": modu
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
+    pytest.importorskip("setuptools", reason="the example package is built with setuptools, which is not installed")
     folder = tmp_path_factory.mktemp("plugin")
     source = shutil.copytree(PACKAGE, folder / "source")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]

@@ -227,6 +227,16 @@ def test_module_that_no_probe_runs_on_is_checked_for_structure(caplog):
     assert [record.status for record in report.passes] == ["applied", "failed"]
 
 
+def test_outputs_that_check_nothing_are_named():
+    nodes = [helper.make_node("Log", ["a"], ["y"], name="log"), helper.make_node("Neg", ["b"], ["a"], name="neg")]
+    nodes = [helper.make_node("Exp", ["x"], ["b"], name="exp"), *reversed(nodes)]
+    module = make_module(nodes, [("x", FLOAT, ["n"])], [("y", FLOAT, ["n"])], {})
+
+    assert run([], module).notes == [
+        "output 'y' is NaN or infinite throughout on these inputs, so its values check nothing"
+    ]
+
+
 def test_random_outputs_are_not_compared_but_the_others_are():
     def build():
         nodes = [
