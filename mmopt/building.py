@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mmopt.errors import UnsupportedError, VerifyError
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.module import Module
-from mmopt.runnable import OPTIMIZED, ArtifactRunnable, Inputs, ModelRunnable
+from mmopt.runnable import OPTIMIZED, ArtifactRunnable, Inputs, ModelRunnable, unload_pages
 from mmopt.runtime import Session, load_artifact
 from mmopt.runtime.manifest import Manifest
 from mmopt.runtime.writer import ArtifactWriter, write_artifact
@@ -118,11 +119,14 @@ def build_artifact(
         program = compile_module(module, profile, entries=entries)
         progress(1, len(_STEPS), _STEPS[1])
         writer.add_program(program, config=config)
-        del program  # its weights are as large as the model
+        # Its weights are as large as the model, and parts of the compiler that refer to each other still hold them.
+        del program
+        gc.collect()
         writer.add(OPTIMIZED, lambda path: save_onnx(module, path, inline=True))
         if report is not None:
             writer.add_json("report.json", report)
         writer.seal()
+        unload_pages(module)
         progress(2, len(_STEPS), _STEPS[2])
         checks, unverified = _verify(writer, module, entries, check)
         writer.add_json("verify.json", _verify_json(checks, unverified))

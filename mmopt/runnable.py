@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -54,7 +55,10 @@ class ModelRunnable:
     def run_all(self, batches: Sequence[Inputs]) -> list[dict[str, Any]]:
         """See :class:`Runnable`."""
         with ReferenceRunner(threads=self._threads, seed=self._seed) as runner:
-            return [dict(outputs) for outputs in runner.run_all(self._module, batches)]
+            found = [dict(outputs) for outputs in runner.run_all(self._module, batches)]
+        # What comes next may map as much again: an artifact's weights, for example.
+        unload_pages(self._module)
+        return found
 
     def module(self) -> Module:
         """See :class:`Runnable`."""
@@ -110,6 +114,15 @@ def as_runnable(
 
     module = load(source, trust_code=trust_code)
     return ModelRunnable(module, label or type(source).__name__, threads=threads or 0, seed=seed)
+
+
+def unload_pages(module: Module) -> None:
+    """Take mapped weights of ``module`` out of this process's memory; they come back from the file when used."""
+    for graph in module.model.graphs():
+        for value in graph.initializers.values():
+            mapped = value.const_value.raw if isinstance(value.const_value, ir.ExternalTensor) else None
+            if mapped is not None and hasattr(mapped, "madvise"):
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def spec_of(value: ir.Value) -> TensorSpec:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import mmap
 import pathlib
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -111,20 +110,17 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
 
 
 def record_file(path: pathlib.Path) -> FileRecord:
-    """Size and hashes of the file at ``path``."""
-    size = path.stat().st_size
-    if size == 0:
-        return FileRecord(0, hashlib.sha256().hexdigest())
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        view = memoryview(data)
-        try:
-            with ThreadPoolExecutor(default_threads()) as pool:
-                whole = pool.submit(_sha256, view[:])
-                starts = range(0, size, CHUNK) if size > CHUNK else ()
-                chunks = pool.map(lambda start: _sha256(view[start : start + CHUNK]), starts)
-                return FileRecord(size, whole.result(), tuple(chunks))
-        finally:
-            view.release()
+    """Size and hashes of the file at ``path``. Reads it in chunks, so that memory stays small however long it is."""
+    whole = hashlib.sha256()
+    chunks: list[str] = []
+    size = 0
+    with path.open("rb") as file, ThreadPoolExecutor(1) as other:
+        while data := file.read(CHUNK):
+            pending = other.submit(whole.update, data)
+            chunks.append(hashlib.sha256(data).hexdigest())
+            pending.result()
+            size += len(data)
+    return FileRecord(size, whole.hexdigest(), tuple(chunks) if size > CHUNK else ())
 
 
 def _sha256(data: memoryview) -> str:
