@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo import recurrent
 from benchmarks.zoo.inputs import Inputs
+from mmopt.frontends import torch_recurrent
 from mmopt.ir.module import save_model
 
 
@@ -32,7 +32,7 @@ def write(
         dynamic_shapes: Symbolic dimensions by input and axis; None for a static export.
         path: The file; weights above 1 MB go beside it.
     """
-    with _quiet(), torch.no_grad(), recurrent.symbolic_length():
+    with _quiet(), torch.no_grad(), torch_recurrent.symbolic_length(torch):
         program = torch.onnx.export(
             module,
             (),
@@ -40,7 +40,7 @@ def write(
             input_names=list(arrays),
             output_names=list(outputs),
             dynamic_shapes=dynamic_shapes,
-            custom_translation_table=recurrent.TRANSLATIONS,
+            custom_translation_table=torch_recurrent.translations(torch),
             dynamo=True,
             verbose=False,
         )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmopt.errors import LoadError, UserError, did_you_mean
-from mmopt.frontends import opset
+from mmopt.frontends import opset, torch_recurrent
 from mmopt.frontends.module_paths import record_module_paths
 from mmopt.frontends.torch_names import name_dimensions, name_outputs
 from mmopt.frontends.torch_passes import FxRewrite, quiet_torch, run_fx_passes
@@ -171,10 +171,13 @@ def _export(torch: Any, module: Any, example_inputs: _Inputs, dynamic_shapes: An
     args, kwargs = _bind(torch, module, example_inputs)
     modes = {part: part.training for part in module.modules()}
     shapes = _complete_shapes(torch, module, args, kwargs, dynamic_shapes)
+    recurrent = torch_recurrent.has_recurrent_layers(torch, module)
     try:
         module.eval()
-        with quiet_torch(), torch.no_grad():
+        with quiet_torch(), torch.no_grad(), torch_recurrent.symbolic_length(torch, required=recurrent):
             return torch.export.export(module, args, kwargs, dynamic_shapes=shapes)
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"torch.export cannot capture {type(module).__qualname__}: {_one_line(error)}",
@@ -237,7 +240,9 @@ def _named_to_dynamic(torch: Any, spec: Any) -> Any:
 def _to_onnx(torch: Any, program: Any) -> Any:
     try:
         with quiet_torch():
-            return torch.onnx.export(program, dynamo=True, verbose=False).model
+            return torch_recurrent.to_onnx(torch, program).model
+    except LoadError:
+        raise
     except Exception as error:
         raise LoadError(
             f"torch's ONNX exporter failed: {_one_line(error)}",

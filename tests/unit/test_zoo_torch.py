@@ -16,7 +16,6 @@ from benchmarks.zoo import __main__ as command_line  # noqa: E402
 from benchmarks.zoo.fusion import JOINS, FusionNet, TrimodalNet  # noqa: E402
 from benchmarks.zoo.inputs import Inputs  # noqa: E402
 from benchmarks.zoo.networks import small  # noqa: E402
-from benchmarks.zoo.recurrent import symbolic_length  # noqa: E402
 from mmopt.errors import UserError  # noqa: E402
 
 SMALL = [name for name in ZOO if name.startswith("fusion-") or name == "siamese"]
@@ -218,20 +217,6 @@ def test_recurrent_layers_stay_whole_and_of_any_length(
         x = np.random.default_rng(1).normal(size=(batch, steps, 6)).astype(np.float32)
         expected = module(torch.from_numpy(x)).detach().numpy()
         np.testing.assert_allclose(_run(path, {"x": x})[0], expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.filterwarnings("ignore:The tensor attributes")
-def test_symbolic_length_puts_everything_back() -> None:
-    operators = [torch.ops.aten.lstm.input, torch.ops.aten.gru.input, torch.ops.aten.rnn_tanh.input]
-    kernels = [dict(operator.py_kernels) for operator in operators]
-    table = dict(torch._decomp.decomposition_table)
-    dims = {"x": {1: torch.export.Dim("steps", min=1)}}
-    with symbolic_length():
-        torch.export.export(Recurrent(torch.nn.LSTM).eval(), (torch.zeros(2, 7, 6),), dynamic_shapes=dims)
-        assert torch.ops.aten.lstm.input._dispatch_cache
-    assert [dict(operator.py_kernels) for operator in operators] == kernels
-    assert dict(torch._decomp.decomposition_table) == table
-    assert not any(operator._dispatch_cache for operator in operators)
 
 
 def _check_exports(model: TorchModel, folder: pathlib.Path, static: tuple[int, ...]) -> None:
