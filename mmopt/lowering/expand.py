@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
+import onnx.shape_inference
 from onnx import defs
 
 Type = ir.TypeAndShape | None
@@ -38,6 +39,19 @@ def standard_body(node: ir.Node, opset: int, types: Sequence[Type] = ()) -> ir.F
         if attribute.default_value.type != onnx.AttributeProto.UNDEFINED
     }
     return instantiate(ir.serde.deserialize_function(found), node, default)
+
+
+def contradiction(node: ir.Node, opset: int, types: Sequence[Type]) -> str:
+    """Why the standard does not allow ``node`` with inputs of these types, or "" where it may."""
+    try:
+        schema = defs.get_schema(node.op_type, opset, node.domain)
+        known = {str(v.name): _type_proto(t) for v, t in zip(node.inputs, types, strict=True) if v is not None and t}
+        onnx.shape_inference.infer_node_outputs(schema, ir.serde.serialize_node(node), known)
+    except onnx.shape_inference.InferenceError as error:
+        return str(error).splitlines()[0]
+    except (defs.SchemaError, ValueError, TypeError):
+        return ""
+    return ""
 
 
 def instantiate(function: ir.Function, node: ir.Node, defaults: Mapping[str, ir.Attr] | None = None) -> ir.Function:

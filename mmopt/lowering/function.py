@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -14,10 +14,19 @@ from mmopt.backends.compute import Map, Source, Tensor, index
 from mmopt.backends.cpu.loops import flat_index, product, split_index
 from mmopt.backends.expressions import same, simplify, variables
 from mmopt.ir.module import FUSED_DOMAIN
-from mmopt.lowering.expand import instantiate, standard_body
+from mmopt.lowering.expand import contradiction, instantiate, standard_body
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.registry import OpNode, lowering_of
-from mmopt.lowering.values import ConstantSource, NotLowered, Value, described, dtype_name, from_elements, plain_view
+from mmopt.lowering.values import (
+    ConstantSource,
+    Illegal,
+    NotLowered,
+    Value,
+    described,
+    dtype_name,
+    from_elements,
+    plain_view,
+)
 
 
 @dataclasses.dataclass
@@ -30,6 +39,26 @@ class Params:
         if source not in self.sources:
             self.sources.append(source)
         return self.sources.index(source)
+
+
+class BranchesDiffer(NotLowered):
+    """The branches of an If give values of different ranks, so that what follows it differs too.
+
+    Attributes:
+        resume: Lowers the given nodes, all that follow, separately behind each branch, and declares the given outputs; or
+            takes the If away, where one branch leads to nodes the standard does not allow. Returns whether the nodes are
+            lowered.
+    """
+
+    def __init__(self, reason: str, resume: Callable[[list[ir.Node], Sequence[ir.Value]], bool]) -> None:
+        super().__init__(reason)
+        self.resume = resume
+
+
+def _tell(failed: Callable[[ir.Node, NotLowered], None] | None, node: ir.Node, reason: NotLowered) -> None:
+    if failed is None:
+        raise reason
+    failed(node, reason)
 
 
 class FunctionLowering:
@@ -115,10 +144,34 @@ class FunctionLowering:
             return index(dim)
         return self.symbol(_identifier(str(dim.value)) if dim.value else self.program.unique(_identifier(hint)))
 
-    def run(self, nodes: Iterable[ir.Node]) -> None:
-        """Lower ``nodes``, which are in topological order."""
-        for node in nodes:
-            self.lower_node(node)
+    def run(
+        self,
+        nodes: Iterable[ir.Node],
+        outputs: Sequence[ir.Value],
+        failed: Callable[[ir.Node, NotLowered], None] | None = None,
+    ) -> None:
+        """Lower ``nodes``, which are in topological order.
+
+        Args:
+            nodes: What to lower.
+            outputs: Values of them that are used later on.
+            failed: Told a node that cannot be lowered, and why; lowering goes on behind it.
+
+        Raises:
+            NotLowered: A node cannot be lowered, and nobody is to be told.
+        """
+        pending = list(nodes)
+        for position, node in enumerate(pending):
+            try:
+                self.lower_node(node)
+            except BranchesDiffer as split:
+                try:
+                    if split.resume(pending[position + 1 :], outputs):
+                        return
+                except NotLowered as reason:
+                    _tell(failed, node, reason)
+            except NotLowered as reason:
+                _tell(failed, node, reason)
 
     def body(self) -> _Body:
         """Context in which nodes are lowered; ends with :meth:`_Body.finish`."""
@@ -134,13 +187,25 @@ class FunctionLowering:
         if node.domain == FUSED_DOMAIN:
             outputs = self._fusion_group(node, inputs)
         else:
-            outputs = self._operator(node, inputs)
+            outputs = self._legal_operator(node, inputs)
         if len(outputs) < len([o for o in node.outputs if o.uses() or o.is_graph_output()]):
             raise NotLowered("not all outputs are lowered")
         for made, value in zip(node.outputs, outputs, strict=False):
             self._values[made] = value
         if not self._lazy:
             self.realize([v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()], node.op_type)
+
+    def _legal_operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
+        try:
+            return self._operator(node, inputs)
+        except BranchesDiffer:
+            raise
+        except Exception as error:  # any failure on a node that makes no sense is that node's fault
+            opset = self.opsets.get(node.domain, self.opsets.get("", 1))
+            why = contradiction(node, opset, [described(o, v) for o, v in zip(node.inputs, inputs, strict=True)])
+            if why:
+                raise Illegal(why) from error
+            raise
 
     def _operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         local = self.functions.get(node.op_identifier())
@@ -150,11 +215,12 @@ class FunctionLowering:
         lowering = lowering_of(node.domain, node.op_type)
         missing = NotLowered(f"no lowering for {node.domain + '.' if node.domain else ''}{node.op_type}")
         if lowering is not None:
+            symbols = dict(self.symbols)
             try:
                 result = lowering(OpNode(self, node, inputs, opset))
                 return [result] if isinstance(result, Value) else list(result)
             except NotLowered as reason:
-                missing = reason
+                missing, self.symbols = reason, symbols
         body = standard_body(node, opset, [described(o, v) for o, v in zip(node.inputs, inputs, strict=True)])
         if body is None:
             raise missing
@@ -170,7 +236,7 @@ class FunctionLowering:
                 self._values[formal] = actual
         outer, self.opsets = self.opsets, {**self.opsets, **body.opset_imports}
         try:
-            self.run(body)
+            self.run(body, body.outputs)
         finally:
             self.opsets = outer
         return [self.value(o) for o in body.outputs]
@@ -194,7 +260,7 @@ class FunctionLowering:
         if value.const_value is not None and value.producer() is None:
             made = self.program.constant(value.const_value, str(value.name))
         elif self.parent is not None:
-            made = self._capture(self.parent.value(value))
+            made = self.capture(self.parent.value(value))
         else:
             raise NotLowered(f"{value.name} is not available")
         self._values[value] = made
@@ -204,7 +270,8 @@ class FunctionLowering:
         """Declare what ``value`` is."""
         self._values[value] = lowered
 
-    def _capture(self, outer: Value) -> Value:
+    def capture(self, outer: Value) -> Value:
+        """A value of the outer function as it is seen in this one."""
         assert self.parent is not None
         if outer.constant is not None:
             return outer
@@ -215,8 +282,7 @@ class FunctionLowering:
             return outer
         self.parent.dense(outer)
         self.captured.append(outer)
-        inner = self.bind_argument(Source(outer.shape, outer.dtype, outer.name))
-        return inner
+        return self.bind_argument(Source(outer.shape, outer.dtype, outer.name))
 
     def constant(self, data: np.ndarray, name: str = "constant") -> Value:
         """A compile-time constant made by a lowering."""
@@ -327,6 +393,10 @@ class FunctionLowering:
         self._vars[source] = self.builder.match_cast(raw, relax.TensorType(source.shape, dtype))
         return Value(source, name=name)
 
+    def borrow(self, value: Value) -> None:
+        """Declare that ``value`` may share memory with an argument: as a result of the function it is copied."""
+        self._borrowed.add(value.tensor)
+
     def runtime_extents(self, value: Value, hint: str) -> list[Expr]:
         """Elements of a 1-D integer tensor as extents, read at run time where they are not followed at compile time.
 
@@ -364,34 +434,42 @@ class FunctionLowering:
             variables_.append(self.var(tensor))
         return variables_
 
-    def subfunction(self, graph: ir.Graph, inputs: Sequence[Source], hint: str) -> Subfunction:
-        """Lower the body of a control-flow node into a function of its own.
-
-        Args:
-            graph: The body.
-            inputs: What its formal inputs look like inside.
-            hint: For the name.
-        """
+    def child(self, hint: str) -> FunctionLowering:
+        """A function whose body may use this one's values and sizes."""
         inner = FunctionLowering(self.program, self.program.unique(f"{self.name}_{hint}"), self.opsets, self.functions, self)
         inner.symbols = dict(self.symbols)
+        return inner
+
+    def inline_graph(self, graph: ir.Graph, inputs: Sequence[Value]) -> list[Value]:
+        """Lower the body of a control-flow node in place; its formal inputs are ``inputs``."""
+        for formal, actual in zip(graph.inputs, inputs, strict=True):
+            self._values[formal] = actual
+        self.run(graph, graph.outputs)
+        return [self.value(o) for o in graph.outputs]
+
+    def subfunction(self, graph: ir.Graph, hint: str) -> Subfunction:
+        """Lower the body of a control-flow node that has no formal inputs into a function of its own."""
+        inner = self.child(hint)
         with inner.body() as body:
-            for formal, source in zip(graph.inputs, inputs, strict=True):
-                inner.set_value(formal, inner.bind_argument(source))
-            inner.run(graph)
-            outputs = [inner.value(o) for o in graph.outputs]
+            outputs = inner.inline_graph(graph, [])
             body.finish(outputs, symbols=list(self.symbols.values()))
         handle = self.program.add_function(body.function, inner.name)
         return Subfunction(handle, inner.captured, outputs)
 
-    def arguments_of(self, sub: Subfunction, given: Sequence[Expr]) -> list[Expr]:
-        """Full argument list of a call to ``sub``: the given values, captures, sizes, weights."""
-        sizes = [relax.ShapeExpr(list(self.symbols.values()))] if self.symbols else []
-        return [*given, *(self.var(self.dense(c)) for c in sub.captured), *sizes, self._params_var]
+    def receive(self, type_: relax.Type, name: str) -> relax.Var:
+        """Declare a parameter that is only handed on."""
+        self._arguments.append(relax.Var(name, type_))
+        return self._arguments[-1]
+
+    def hand_over(self, captured: Sequence[Value]) -> list[Expr]:
+        """The last arguments of a call to a :meth:`child`: values it captured, sizes, weights."""
+        sizes_ = [relax.ShapeExpr(list(self.symbols.values()))] if self.symbols else []
+        return [*(self.var(self.dense(c)) for c in captured), *sizes_, self._params_var]
 
 
 @dataclasses.dataclass
 class Subfunction:
-    """A lowered body: call ``handle`` with :meth:`FunctionLowering.arguments_of`; results have ``outputs``' types."""
+    """A lowered body: call ``handle`` with :meth:`FunctionLowering.hand_over`; results have the types of ``outputs``."""
 
     handle: GlobalVar
     captured: list[Value]
@@ -414,8 +492,12 @@ class _Body:
 
     def finish(self, outputs: Sequence[Value], symbols: Sequence[Expr] = ()) -> None:
         """Return ``outputs``. Extra parameters: the sizes in ``symbols`` (if any), then the weights."""
+        self.close(self.lowering.results(outputs), symbols)
+
+    def close(self, results: Sequence[Expr], symbols: Sequence[Expr] = ()) -> None:
+        """As :meth:`finish`, for Relax expressions that are returned as they are."""
         lowering, builder = self.lowering, self.lowering.builder
-        result = builder.emit_output(relax.Tuple(lowering.results(outputs)))
+        result = builder.emit_output(relax.Tuple(list(results)))
         self._dataflow.__exit__(None, None, None)
         sizes = [relax.Var("sizes", relax.ShapeType(list(symbols)))] if symbols else []
         builder.emit_func_output(result, params=[*lowering._arguments, *sizes, lowering._params_var])

@@ -79,7 +79,7 @@ def lower_part(
     with lowering.body() as body:
         for value in inputs:
             lowering.argument(value)
-        lowering.run(nodes)
+        lowering.run(nodes, outputs)
         body.finish([lowering.value(o) for o in outputs])
     assert body.function is not None
     function = body.function
@@ -90,9 +90,13 @@ def lower_part(
 
 
 def _without_params(function: Any) -> Any:
+    """``function`` less its last parameter, the weights, of which there are none."""
     from tvm import relax
 
-    return relax.Function(function.params[:-1], function.body, function.ret_ty, function.is_pure, function.attrs)
+    *params, weights = function.params
+    none = relax.BindingBlock([relax.VarBinding(weights, relax.Tuple([]))])
+    body = relax.SeqExpr([none, *function.body.blocks], function.body.body)
+    return relax.Function(params, body, function.ret_ty, function.is_pure, function.attrs)
 
 
 def _names(values: Any) -> tuple[str, ...]:

@@ -63,6 +63,10 @@ class ProgramBuilder:
         """Add a helper function that other functions call."""
         return self._registry.add_func(function, name)
 
+    def replace_function(self, handle: GlobalVar, function: relax.Function) -> None:
+        """Define a function that was added under ``handle`` only to be called."""
+        self._registry.update_func(handle, function)
+
     def add_entry(self, function: relax.Function, name: str) -> None:
         """Add a function the runtime calls."""
         self._functions[name] = function

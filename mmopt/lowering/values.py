@@ -41,6 +41,10 @@ class NotLowered(Exception):
         self.reason = reason
 
 
+class Illegal(NotLowered):
+    """The standard does not allow this node with these inputs: running it is an error everywhere."""
+
+
 def dtype_name(dtype: ir.DataType | None) -> str:
     """TVM name of an ONNX element type.
 
