@@ -133,7 +133,7 @@ def convert(value: Any, type_: Any, *, where: str) -> Any:
         return _convert_choice(value, {str(choice): choice for choice in arguments}, where)
     if origin in _SEQUENCES or type_ in _SEQUENCES:
         return _convert_sequence(value, type_, where)
-    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+    if isinstance(type_, enum.EnumMeta):
         return _convert_choice(value, {str(member.value): member for member in type_}, where)
     return _convert_scalar(value, type_, where)
 
@@ -218,7 +218,7 @@ def _hints(cls: type[Pass]) -> dict[str, Any]:
 def _type_text(type_: Any) -> str:
     if typing.get_origin(type_) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(type_))
-    if isinstance(type_, type) and issubclass(type_, enum.Enum):
+    if isinstance(type_, enum.EnumMeta):
         return "|".join(str(member.value) for member in type_)
     return (
         type_.__name__ if isinstance(type_, type) and not typing.get_args(type_) else str(type_).replace("typing.", "")

@@ -137,6 +137,8 @@ def _passes_in(module: types.ModuleType) -> Iterator[type[Pass]]:
 
 
 def _is_pass(value: object) -> bool:
+    if isinstance(value, types.GenericAlias):  # Python 3.10 takes list[int] for a class, until issubclass does not
+        return False
     return isinstance(value, type) and issubclass(value, Pass) and not inspect.isabstract(value)
 
 
