@@ -18,7 +18,7 @@ from tvm_ffi import structural_hash
 
 from mmopt.backends.compute import LoopNest, LoopResult, Map, Reduction, Sink, Source, Tensor, loading_with
 from mmopt.backends.cpu.collapse import collapse, expand
-from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
+from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import Planner, trace
 from mmopt.backends.cpu.reduce import emit_reduction
 from mmopt.backends.expressions import itemsize, same, simplify, variables
@@ -111,9 +111,8 @@ class KernelEmitter:
             return scope.known[key]
         value = tensor.body(*indices)
         if scope.bind and not isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
-            var = tirx.Var(tensor.name, tensor.dtype)
-            scope.binds.append(tirx.Bind(var, value))
-            value = var
+            statement, value = keep(value, tensor.name)
+            scope.binds.append(statement)
         scope.known[key] = value
         return value
 
@@ -221,9 +220,7 @@ class KernelEmitter:
                 statements.append(self.places[result].store(at, value))
             maps = self.plan.epilogues.get(result, [])
             if maps:
-                var = tirx.Var(result.name, result.dtype)
-                statements.append(tirx.Bind(var, value))
-                self._overrides[result] = (at, var)
+                self._overrides[result] = (at, value)
                 statements.append(self.point(lambda: seq(*(self._store(m, at) for m in maps))))
                 del self._overrides[result]
             return seq(*statements)

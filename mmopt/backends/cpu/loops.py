@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
@@ -14,6 +16,18 @@ KINDS = {
     "vectorized": ForKind.VECTORIZED,
     "unrolled": ForKind.UNROLLED,
 }
+
+
+@dataclasses.dataclass
+class _VectorLoop:
+    """The vectorized loop whose body is being written."""
+
+    lane: Expr
+    lanes: int
+    buffers: list[tirx.Buffer]
+
+
+_VECTOR: contextvars.ContextVar[_VectorLoop | None] = contextvars.ContextVar("vector_loop", default=None)
 
 
 def i64(value: int) -> Expr:
@@ -30,7 +44,32 @@ def loop(extent: int | Expr, body: Callable[[Expr], Stmt], kind: str = "serial",
     if known is not None and known <= 0:
         return nothing()
     var = tirx.Var(name, "int64")
-    return tirx.For(var, i64(0), count, KINDS[kind], body(var))
+    if kind != "vectorized" or known is None:
+        return tirx.For(var, i64(0), count, KINDS[kind], body(var))
+    inside = _VectorLoop(var, known, [])
+    token = _VECTOR.set(inside)
+    try:
+        statement = tirx.For(var, i64(0), count, KINDS[kind], body(var))
+    finally:
+        _VECTOR.reset(token)
+    return seq(*(tirx.AllocBuffer(b) for b in inside.buffers), statement)
+
+
+def keep(value: Expr, name: str) -> tuple[Stmt, Expr]:
+    """Compute ``value`` once: the statement that does, and the expression to use in its place.
+
+    The value passes through a small local buffer, which LLVM turns into a register. A bound variable would do the same,
+    but TVM's code generator simplifies the values of bound variables with those of earlier ones substituted, which
+    takes exponential time on chains of transcendental functions.
+    """
+    dtype = str(value.ty)
+    inside = _VECTOR.get()
+    if inside is None:
+        buffer = tirx.decl_buffer((i64(1),), dtype, name)
+        return seq(tirx.AllocBuffer(buffer), tirx.BufferStore(buffer, value, [i64(0)])), buffer[i64(0)]
+    buffer = tirx.decl_buffer((i64(inside.lanes),), dtype, name)
+    inside.buffers.append(buffer)
+    return tirx.BufferStore(buffer, value, [inside.lane]), buffer[inside.lane]
 
 
 def loops(extents: Sequence[Expr], body: Callable[..., Stmt], names: str = "i") -> Stmt:

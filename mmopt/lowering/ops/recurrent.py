@@ -12,7 +12,7 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import Map, Tensor, index
 from mmopt.backends.cpu.kernels.recurrent import Cell, Point, Recurrence
 from mmopt.backends.cpu.kernels.tile import lanes_of
-from mmopt.backends.cpu.loops import i64, seq, static
+from mmopt.backends.cpu.loops import i64, keep, seq, static
 from mmopt.lowering.ops.matmul import product_of
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
@@ -218,6 +218,18 @@ class _Layer:
         return [moved, *(_swap(self.node, v) for v in values[1:])]
 
 
+class _Bindings:
+    """Names intermediate results, so that generated code stays as small as the formula."""
+
+    def __init__(self) -> None:
+        self.statements: list[Stmt] = []
+
+    def __call__(self, value: Expr) -> Expr:
+        statement, kept = keep(value, f"gate{len(self.statements)}")
+        self.statements.append(statement)
+        return kept
+
+
 _WITH_ALPHA = {"affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu"}
 _WITH_BETA = {"affine", "scaledtanh", "hardsigmoid"}
 
@@ -247,16 +259,15 @@ def lstm(node: OpNode) -> list[Value]:
         return base if extra is None else base + extra
 
     def update(point: Point, products: Sequence[Expr]) -> Stmt:
-        c, d, dtype = point.c, point.direction, layer.x.dtype
+        c, d, bind = point.c, point.direction, _Bindings()
         assert c is not None
-        i = layer.act(0, d, total(point, 0, products[0], peep(point, 0, c)))
-        f = layer.act(0, d, total(point, 2, products[2], peep(point, 2, c)))
-        g = layer.act(1, d, total(point, 3, products[3], None))
-        new_c = tirx.Var("cell", dtype)
-        o = layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c)))
-        new_h = tirx.Var("out", dtype)
-        bind_h = tirx.Bind(new_h, o * layer.activations[d][2](new_c))
-        return seq(tirx.Bind(new_c, f * c + i * g), bind_h, point.set_c(new_c), point.set_h(new_h))
+        i = bind(layer.act(0, d, total(point, 0, products[0], peep(point, 0, c))))
+        f = bind(layer.act(0, d, total(point, 2, products[2], peep(point, 2, c))))
+        g = bind(layer.act(1, d, total(point, 3, products[3], None)))
+        new_c = bind(f * c + i * g)
+        o = bind(layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c))))
+        squashed = bind(layer.activations[d][2](new_c))
+        return seq(*bind.statements, point.set_c(new_c), point.set_h(o * squashed))
 
     cell = Cell(gates=4, late=0, cell_state=True, update=update)
     x = layer.projected([(g, g) for g in range(4)] + [(g, 4 + g) for g in range(4)])
@@ -276,26 +287,26 @@ def gru(node: OpNode) -> list[Value]:
             return tirx.const(0, layer.x.dtype)
         return bias[(i64(point.direction), i64(5 * layer.hidden) + point.unit)]
 
-    def blend(point: Point, z: Expr, n: Expr) -> Stmt:
-        return point.set_h((_const(n, 1) - z) * n + z * point.h)
+    def blend(point: Point, bind: _Bindings, z: Expr, n: Expr) -> Stmt:
+        return seq(*bind.statements, point.set_h((_const(n, 1) - z) * n + z * point.h))
 
     def together(point: Point, products: Sequence[Expr]) -> Stmt:
-        d = point.direction
-        z = tirx.Var("z", layer.x.dtype)
-        r = layer.act(0, d, point.x(1) + products[1])
-        n = tirx.Var("n", layer.x.dtype)
-        candidate = layer.act(1, d, point.x(2) + r * (products[2] + hidden_bias(point)))
-        return seq(tirx.Bind(z, layer.act(0, d, point.x(0) + products[0])), tirx.Bind(n, candidate), blend(point, z, n))
+        d, bind = point.direction, _Bindings()
+        z = bind(layer.act(0, d, point.x(0) + products[0]))
+        r = bind(layer.act(0, d, point.x(1) + products[1]))
+        candidate = bind(point.x(2) + r * (products[2] + hidden_bias(point)))
+        return blend(point, bind, z, bind(layer.act(1, d, candidate)))
 
     def first(point: Point, products: Sequence[Expr]) -> Stmt:
-        d = point.direction
-        z = layer.act(0, d, point.x(0) + products[0])
-        return point.set_first(z, layer.act(0, d, point.x(1) + products[1]) * point.h)
+        d, bind = point.direction, _Bindings()
+        z = bind(layer.act(0, d, point.x(0) + products[0]))
+        r = bind(layer.act(0, d, point.x(1) + products[1]))
+        return seq(*bind.statements, point.set_first(z, r * point.h))
 
     def second(point: Point, products: Sequence[Expr]) -> Stmt:
         assert point.z is not None
-        n = tirx.Var("n", layer.x.dtype)
-        return seq(tirx.Bind(n, layer.act(1, point.direction, point.x(2) + products[0])), blend(point, point.z, n))
+        bind = _Bindings()
+        return blend(point, bind, point.z, bind(layer.act(1, point.direction, point.x(2) + products[0])))
 
     recurrent_biases = [(0, 3), (1, 4)] + ([] if after else [(2, 5)])
     x = layer.projected([(g, g) for g in range(3)] + recurrent_biases)

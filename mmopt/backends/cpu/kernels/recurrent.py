@@ -22,7 +22,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor, index
 from mmopt.backends.cpu.kernels.tile import RegisterTile
-from mmopt.backends.cpu.loops import i64, loop, loops, product, seq, static, when
+from mmopt.backends.cpu.loops import i64, keep, loop, loops, product, seq, static, when
 from mmopt.backends.expressions import simplify
 
 PARALLEL_UNITS = 128
@@ -142,7 +142,7 @@ class Recurrence(LoopNest):
     def _rows(self) -> int:
         most = max(1, 28 // max(self.cell.gates, self.cell.late, 1))
         count = static(self.batch)
-        return min(most, 8, count) if count else min(most, 4)
+        return -(-count // -(-count // min(most, 8))) if count else min(most, 4)
 
 
 class _Run:
@@ -272,9 +272,9 @@ class _Run:
             return tirx.BufferStore(buffer, value if live is None else tirx.Select(live, value, keep), at)
 
         def set_h(value: Expr) -> Stmt:
-            var = tirx.Var("hidden", nest.y.dtype)
-            kept = put(self.h, [new, i, unit], var, before)
-            return seq(tirx.Bind(var, value), kept, self._output(t, where, live, row, unit, var))
+            computed, hidden = keep(value, "hidden")
+            kept = put(self.h, [new, i, unit], hidden, before)
+            return seq(computed, kept, self._output(t, where, live, row, unit, hidden))
 
         def set_c(value: Expr) -> Stmt:
             assert self.c is not None

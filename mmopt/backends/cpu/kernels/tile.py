@@ -129,14 +129,17 @@ class RegisterTile:
         Only the first ``used`` lanes are delivered when given.
         """
 
-        def row(i: int) -> Stmt:
+        values, save = self.acc, None
+        if self.rows > 1:
+            values, save = self._saved()
+
+        def row(i: Expr) -> Stmt:
             def lane(v: Expr) -> Stmt:
-                return deliver(i64(i), v, [self.acc[self._at(i, n, v)] for n in range(len(self.spans))])
+                return deliver(i, v, [values[i * self.width + n * self.lanes + v] for n in range(len(self.spans))])
 
             return loop(used or self.lanes, lane, "vectorized", "v")
 
-        rows = (row(i) if self.limit is None else when(i64(i) < self.limit, row(i)) for i in range(self.rows))
-        return seq(self.accumulate(depth, a, b), *rows)
+        return seq(self.accumulate(depth, a, b), save, loop(self._count(), row, name="i"))
 
     def accumulate(self, depth: Sequence[Expr], a: ReadA, b: ReadB) -> Stmt:
         """Clear the accumulators and sum over ``depth``.
@@ -203,8 +206,7 @@ class RegisterTile:
         return seq(*(when(i64(i) < self.limit, self._row(i, hand)) for i in range(self.rows)))
 
     def _through_memory(self, deliver: Callable[..., Stmt]) -> Stmt:
-        copy = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
-        save = self._each(lambda i, n, v: tirx.BufferStore(copy, self.acc[self._at(i, n, v)], [self._at(i, n, v)]))
+        copy, save = self._saved()
 
         def vector(i: Expr, n: Expr, used: int) -> Stmt:
             return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.lanes + v]), "vectorized", "v")
@@ -214,8 +216,17 @@ class RegisterTile:
             main = loop(full, lambda n: vector(i, n, self.lanes), name="n")
             return seq(main, vector(i, i64(full), self.spans[-1]) if full < len(self.spans) else None)
 
-        count = i64(self.rows) if self.limit is None else tirx.min(i64(self.rows), self.limit)
-        return seq(tirx.AllocBuffer(copy), save, loop(count, row, name="i"))
+        return seq(save, loop(self._count(), row, name="i"))
+
+    def _saved(self) -> tuple[tirx.Buffer, Stmt]:
+        """A copy of the tile in memory, which may be indexed by loop variables, and the statement that makes it."""
+        copy = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
+        save = self._each(lambda i, n, v: tirx.BufferStore(copy, self.acc[self._at(i, n, v)], [self._at(i, n, v)]))
+        return copy, seq(tirx.AllocBuffer(copy), save)
+
+    def _count(self) -> Expr:
+        """Rows that are really there."""
+        return i64(self.rows) if self.limit is None else tirx.min(i64(self.rows), self.limit)
 
 
 def spans(width: int, lanes: int) -> list[int]:
