@@ -1,0 +1,160 @@
+"""One model through the whole of mmopt, and what became of it."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+
+from mmopt.errors import BackendError, LoadError, UnsupportedError, UserError, VerifyError
+from tests.compat.cases import Case
+
+NATIVE, PARTLY, FALLBACK = "native", "partly", "fallback"
+REFUSED, WRONG, ERROR, CRASHED = "refused", "wrong", "error", "crashed"
+STATUSES = (NATIVE, PARTLY, FALLBACK, REFUSED, WRONG, ERROR, CRASHED)
+"""``native``: no onnxruntime; ``partly``: some nodes in it; ``fallback``: all of them; ``refused``: an error that names
+the reason; ``wrong``: other outputs than expected; ``error``: an internal error; ``crashed``: no process left."""
+
+RIGHT = (NATIVE, PARTLY, FALLBACK)
+
+
+def judge(case: Case) -> dict[str, Any]:
+    """Run ``case``; the record that goes to the results."""
+    started = time.perf_counter()
+    record: dict[str, Any] = {"name": case.name, "family": case.family, "operators": case.operators}
+    try:
+        status, notes, wrong = _through_mmopt(case)
+        record.update(status=WRONG if wrong else status, engines=status, notes=notes, reason=wrong)
+    except (UnsupportedError, LoadError, UserError) as error:
+        record.update(status=REFUSED, reason=str(error))
+    except VerifyError as error:
+        record.update(status=WRONG, reason=str(error))
+    except Exception as error:
+        trace = "" if isinstance(error, BackendError) else traceback.format_exc()
+        record.update(status=ERROR, reason=f"{type(error).__name__}: {error}"[:2000], trace=trace[-3000:])
+    if record["status"] not in RIGHT:
+        record["onnxruntime"] = onnxruntime_says(case)
+        if record["status"] == WRONG and record["onnxruntime"] == "misses" and _same_as_onnxruntime(case):
+            record.update(status=record["engines"], differs="the expected outputs are not what onnxruntime gives either")
+    record["seconds"] = round(time.perf_counter() - started, 3)
+    return record
+
+
+def _through_mmopt(case: Case) -> tuple[str, list[str], str]:
+    """Which engines ran the model, the compiler's notes, and what is wrong with the outputs ("" for nothing)."""
+    with _outputs(case) as (path, built, results):
+        kinds = {segment.kind for segment in built.manifest.entries["main"].segments}
+        status = NATIVE if kinds <= {"native"} else FALLBACK if kinds == {"onnxruntime"} else PARTLY
+        problems = [
+            _compare(case, expected, outputs) for (_, expected), outputs in zip(case.content[1], results, strict=True)
+        ]
+    return status, list(built.manifest.notes), next(filter(None, problems), "")
+
+
+@contextlib.contextmanager
+def _outputs(case: Case) -> Any:
+    import mmopt
+
+    model, sets = case.content
+    with tempfile.TemporaryDirectory(prefix="compat-") as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = pathlib.Path(folder, "model.onnx")
+        path.write_bytes(model.SerializeToString())
+        feeds = [_feed(model, given) for given, _ in sets]
+        original = mmopt.load(path)
+        optimized = mmopt.optimize(original, level=2, inputs=feeds)
+        built = mmopt.compile(optimized.module, output=pathlib.Path(folder, "a.mmopt"), reference=original, inputs=feeds)
+        with mmopt.load_artifact(built.path, threads=1) as session:
+            names = [v.name for v in model.graph.output]
+            results = []
+            for feed in feeds:
+                made = session.run(feed)
+                results.append([made[name] for name in names])
+        yield path, built, results
+
+
+def _feed(model: onnx.ModelProto, given: Sequence[Any]) -> dict[str, Any]:
+    """Inputs by name. A set with fewer arrays than inputs leaves out those that have a default."""
+    inputs = list(model.graph.input)
+    if len(given) < len(inputs):
+        defaults = {tensor.name for tensor in model.graph.initializer}
+        inputs = [v for v in inputs if v.name not in defaults]
+    feed = {}
+    for value, array in zip(inputs, given, strict=False):
+        optional = value.type.WhichOneof("value") == "optional_type"
+        if array is not None or optional:
+            feed[value.name] = array
+    return feed
+
+
+def _compare(case: Case, expected: Sequence[Any], outputs: Sequence[Any]) -> str:
+    """What is wrong, by the suite's own comparison."""
+    from onnx.backend.test.runner import Runner
+
+    try:
+        if case.random:
+            for want, got in zip(expected, outputs, strict=True):
+                np.testing.assert_equal((got.shape, got.dtype), (want.shape, want.dtype))
+        else:
+            Runner.assert_similar_outputs([_plain(v) for v in expected], [_plain(v) for v in outputs], case.rtol, case.atol)
+    except (AssertionError, TypeError, ValueError) as error:
+        return " ".join(str(error).split())[:1000] or type(error).__name__
+    return ""
+
+
+def _plain(value: Any) -> Any:
+    """An array of a dtype whose comparison numpy knows; sequences and absent optionals as lists."""
+    if value is None:
+        return []
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    array = np.asarray(value)
+    if array.dtype.kind in "US":
+        return array.astype(object)
+    small = array.dtype.kind == "V" or (array.dtype.isbuiltin != 1 and array.dtype.name != "bfloat16")
+    return array.astype(np.float32) if small and array.dtype.kind != "O" else array
+
+
+# -- onnxruntime alone -------------------------------------------------------------------------------------------------
+
+
+def onnxruntime_says(case: Case) -> str:
+    """Whether onnxruntime gives the expected outputs of the original model: ``right``, ``misses`` or ``cannot``."""
+    outputs = _onnxruntime(case)
+    if outputs is None:
+        return "cannot"
+    wrong = [_compare(case, expected, got) for (_, expected), got in zip(case.content[1], outputs, strict=True)]
+    return "misses" if any(wrong) else "right"
+
+
+def _onnxruntime(case: Case) -> list[list[Any]] | None:
+    import onnx_ir as ir
+
+    from mmopt.ir.evaluate import ONNXRUNTIME, ReferenceRunner
+    from mmopt.ir.module import Module
+
+    model, sets = case.content
+    try:
+        with ReferenceRunner(threads=1) as runner:
+            made = runner.run_all(Module(ir.from_proto(model)), [_feed(model, given) for given, _ in sets])
+    except Exception:  # whatever it raises, it cannot run the model
+        return None
+    if any(outputs.engine != ONNXRUNTIME for outputs in made):
+        return None
+    return [[outputs[v.name] for v in model.graph.output] for outputs in made]
+
+
+def _same_as_onnxruntime(case: Case) -> bool:
+    theirs = _onnxruntime(case)
+    if theirs is None:
+        return False
+    with _outputs(case) as (_, _, ours):
+        return not any(_compare(case, want, got) for want, got in zip(theirs, ours, strict=True))
