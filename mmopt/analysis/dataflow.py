@@ -73,7 +73,7 @@ class FlatGraph:
         nodes: All operations in order of execution.
         producer: Index of the node that makes each value, or -1 for inputs and initializers.
         consumers: Indices of the nodes that use each value.
-        inputs: Value numbers of the graph's inputs.
+        inputs: Value numbers of the graph's inputs, without those that are initializers.
         outputs: Value numbers of the graph's outputs.
         facts: Inferred shapes and types.
 
@@ -92,7 +92,8 @@ class FlatGraph:
         self._numbers: dict[ir.Value, int] = {}
         self._originals = originals
         names = [node.name or f"{node.op_type}#{position}" for position, node in enumerate(originals)]
-        self.inputs = [self.number(v) for v in graph.inputs]
+        # Old models list their initializers among the inputs, as defaults that a caller may override.
+        self.inputs = [self.number(v) for v in graph.inputs if not v.is_initializer()]
         for position, node in enumerate(graph):
             origin = int(node.metadata_props.get(_ORIGIN, position))
             self._add(node, origin, (), names[origin])

@@ -314,6 +314,14 @@ def test_unused_input() -> None:
     assert roles(net)["nothing"][2] == "unused"
 
 
+def test_initializers_listed_as_inputs_are_weights() -> None:
+    """As in models from before IR version 4."""
+    net = Net()
+    net.output(net.pooled_image(net.input("x", FLOAT, "b", 3, 16, 16)))
+    net.graph.inputs.extend(net.graph.initializers.values())
+    assert roles(net) == {"x": IMAGE}
+
+
 def test_strings() -> None:
     net = Net()
     net.output(net.op("StringNormalizer", net.input("x", STRING, 4)), dtype=STRING)
