@@ -134,7 +134,7 @@ def convert(value: Any, type_: Any, *, where: str) -> Any:
     if origin in _SEQUENCES or type_ in _SEQUENCES:
         return _convert_sequence(value, type_, where)
     if isinstance(type_, enum.EnumMeta):
-        return _convert_choice(value, {str(member.value): member for member in type_}, where)
+        return _convert_choice(value, _members(type_), where)
     return _convert_scalar(value, type_, where)
 
 
@@ -219,10 +219,15 @@ def _type_text(type_: Any) -> str:
     if typing.get_origin(type_) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(type_))
     if isinstance(type_, enum.EnumMeta):
-        return "|".join(str(member.value) for member in type_)
+        return "|".join(_members(type_))
     return (
         type_.__name__ if isinstance(type_, type) and not typing.get_args(type_) else str(type_).replace("typing.", "")
     )
+
+
+def _members(type_: Any) -> dict[str, enum.Enum]:
+    """Members of an enum by how they are written."""
+    return {str(member.value): member for member in type_}
 
 
 def _default_text(field: dataclasses.Field[Any]) -> str | None:
