@@ -49,20 +49,24 @@ class Kernel:
 
 
 class Place:
-    """Where a stored tensor lives. Axes that enclosing loops fix (``drop`` of them) have no extent in memory."""
+    """Where a stored tensor lives. Axes that enclosing loops fix (``drop`` of them) have no extent in memory.
 
-    def __init__(self, buffer: tirx.Buffer, drop: int = 0) -> None:
-        self.buffer, self.drop = buffer, drop
+    ``flags`` are booleans kept as bytes: TVM does not vectorize loads of a temporary array of booleans.
+    """
+
+    def __init__(self, buffer: tirx.Buffer, drop: int = 0, *, flags: bool = False) -> None:
+        self.buffer, self.drop, self.flags = buffer, drop, flags
 
     def _within(self, indices: tuple[Expr, ...]) -> list[Expr]:
         inner = list(indices[self.drop :])
         return inner if inner or not self.buffer.shape else [i64(0)]
 
     def load(self, indices: tuple[Expr, ...]) -> Expr:
-        return tirx.BufferLoad(self.buffer, self._within(indices))
+        value = tirx.BufferLoad(self.buffer, self._within(indices))
+        return value.astype("bool") if self.flags else value
 
     def store(self, indices: tuple[Expr, ...], value: Expr) -> Stmt:
-        return tirx.BufferStore(self.buffer, value, self._within(indices))
+        return tirx.BufferStore(self.buffer, value.astype("int8") if self.flags else value, self._within(indices))
 
 
 class _Scope:
@@ -168,8 +172,9 @@ class KernelEmitter:
     def _allocate(self, tensor: Tensor, axes: int = 0) -> Stmt:
         """Temporary memory for ``tensor`` without its first ``axes`` axes, which the enclosing loops fix."""
         inner = tensor.shape[axes:] or (i64(1),)
-        buffer = tirx.decl_buffer(inner, tensor.dtype, tensor.name)
-        self.places[tensor] = Place(buffer, axes)
+        flags = tensor.dtype == "bool"
+        buffer = tirx.decl_buffer(inner, "int8" if flags else tensor.dtype, tensor.name)
+        self.places[tensor] = Place(buffer, axes, flags=flags)
         return tirx.AllocBuffer(buffer)
 
     def _stages(self, stages: Sequence[Map | Reduction | LoopNest]) -> Stmt:
