@@ -136,8 +136,31 @@ def elementwise(node: OpNode, values: Sequence[Value], rule: Scalar, dtype: str 
     for value in values:
         node.context.tensor(value)
     result = dtype or values[0].dtype
+    hint = name or node.op_type.lower()
+    leader = next((v for v in values if v.blocked is not None and len(v.shape) == len(shape)), None)
+    if leader is not None and all(map(same, leader.shape, shape)):
+        return _in_blocks(node, values, rule, result, leader, hint)
     body = lambda *at: rule(*(read(v, at, shape) for v in values))  # noqa: E731
-    return Value(Map(shape, result, body, name or node.op_type.lower()), name=node.name)
+    return Value(Map(shape, result, body, hint), name=node.name)
+
+
+def _in_blocks(node: OpNode, values: Sequence[Value], rule: Scalar, dtype: str, leader: Value, hint: str) -> Value:
+    """An elementwise result in the blocked layout its largest operand is in; see ``Value.blocked``."""
+    assert leader.blocked is not None
+    shape, extents = leader.shape, leader.blocked.shape
+    lanes = extents[-1]
+    for value in values:
+        full = len(value.shape) == len(shape) and all(map(same, value.shape, shape))
+        if full and value.blocked is None and value.constant is None and not value.pending:
+            node.context.in_blocks(value, int(lanes.value))
+
+    def operand(value: Value, at: tuple[Expr, ...]) -> Expr:
+        if value.blocked is not None and all(map(same, value.blocked.shape, extents)):
+            return value.blocked[at]
+        n, c, *rest = at
+        return read(value, (n, c * lanes + rest[-1], *rest[:-1]), shape)
+
+    return Value.in_blocks(Map(extents, dtype, lambda *at: rule(*(operand(v, at) for v in values)), hint), node.name)
 
 
 def follow(values: Sequence[Value], rule: Scalar, dtype: str = "int64") -> Value | None:

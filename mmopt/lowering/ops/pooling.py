@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
 
-from mmopt.backends.compute import SUM, Combiner, Reduction
+from mmopt.backends.compute import SUM, Combiner, Map, Reduction
 from mmopt.backends.cpu.kernels.pool import Pool, Windows
 from mmopt.backends.cpu.loops import flat_index, product
 from mmopt.backends.expressions import simplify
@@ -21,10 +23,10 @@ _LONGEST_UNROLLED = 64
 """Windows wider than this are reduced by a plain loop."""
 
 
-def windows_of(node: OpNode, space: Sequence[Expr]) -> Windows:
-    """Geometry from the attributes of a pooling node over ``space``."""
+def windows_of(node: OpNode, space: Sequence[Expr], filters: tuple[int, ...] | None = None) -> Windows:
+    """Geometry from the attributes of a node over ``space``; the window's extents too unless ``filters`` has them."""
     rank = len(space)
-    kernel = tuple(node.attr("kernel_shape"))
+    kernel = filters or tuple(node.attr("kernel_shape"))
     strides = tuple(node.attr("strides") or [1] * rank)
     dilations = tuple(node.attr("dilations") or [1] * rank)
     reach = [(k - 1) * d + 1 for k, d in zip(kernel, dilations, strict=True)]
@@ -61,6 +63,8 @@ def _pooled(
     before: Callable[[Expr], Expr],
     finish: Callable[[Expr, Sequence[Expr]], Expr],
 ) -> Value:
+    if data.blocked is not None and math.prod(windows.kernel) <= _LONGEST_UNROLLED:
+        return _pooled_blocks(node, data, windows, combiner, before, finish)
     tensor = node.context.tensor(data)
     wide = accumulator(data.dtype)
     if windows.kernel[-1] <= _LONGEST_UNROLLED:
@@ -69,7 +73,7 @@ def _pooled(
     rank = len(windows.kernel)
 
     def body(*at: Expr) -> Expr:
-        inside, place = _place(windows, data.shape, at[: 2 + rank], at[2 + rank :])
+        inside, place = placed(windows, data.shape, at[: 2 + rank], at[2 + rank :])
         (identity,) = combiner.identity((wide,))
         return tirx.Select(inside, before(tensor[place].astype(wide)), identity)
 
@@ -81,7 +85,35 @@ def _pooled(
     return Value(Reduction(shape, axes, (wide,), body, combiner, ends, data.dtype), name=node.name)
 
 
-def _place(windows: Windows, shape: Sequence[Expr], at: Sequence[Expr], steps: Sequence[Expr]) -> tuple[Expr, tuple[Expr, ...]]:
+def _pooled_blocks(
+    node: OpNode,
+    data: Value,
+    windows: Windows,
+    combiner: Combiner,
+    before: Callable[[Expr], Expr],
+    finish: Callable[[Expr, Sequence[Expr]], Expr],
+) -> Value:
+    """Windows of an input in blocks of channels: one vector of channels at a time, taps unrolled, layout kept."""
+    blocked = data.blocked
+    assert blocked is not None
+    wide, rank = accumulator(data.dtype), len(windows.kernel)
+    padded = any(known(p) != 0 for p in (*windows.before, *windows.after))
+    (identity,) = combiner.identity((wide,))
+    plain = (*blocked.shape[:2], *blocked.shape[2 : 2 + rank])
+
+    def body(*at: Expr) -> Expr:
+        state = identity
+        for tap in itertools.product(*(range(k) for k in windows.kernel)):
+            inside, place = placed(windows, plain, at[: 2 + rank], [i64(t) for t in tap])
+            value = before(blocked[(*place, at[-1])].astype(wide))
+            (state,) = combiner.combine((state,), (tirx.Select(inside, value, identity) if padded else value,))
+        return finish(state, at[2 : 2 + rank]).astype(data.dtype)
+
+    shape = (*blocked.shape[:2], *windows.out, blocked.shape[-1])
+    return Value.in_blocks(Map(shape, data.dtype, body, "pool"), node.name)
+
+
+def placed(windows: Windows, shape: Sequence[Expr], at: Sequence[Expr], steps: Sequence[Expr]) -> tuple[Expr, tuple[Expr, ...]]:
     """Whether an element of a window lies in the input, and the nearest one that does."""
     positions = [windows.position(d, at[2 + d], k) for d, k in enumerate(steps)]
     tests = [t for p, e in zip(positions, shape[2:], strict=True) for t in (p >= i64(0), p < e)]
@@ -105,7 +137,7 @@ def _largest_positions(node: OpNode, data: Value, windows: Windows) -> Value:
     tensor = node.context.tensor(data)
 
     def body(*at: Expr) -> tuple[Expr, ...]:
-        inside, place = _place(windows, data.shape, at[: 2 + rank], at[2 + rank :])
+        inside, place = placed(windows, data.shape, at[: 2 + rank], at[2 + rank :])
         (lowest,) = LARGEST.identity((wide,))
         spatial, extents = place[2:], data.shape[2:]
         if node.attr("storage_order", 0):

@@ -1,0 +1,298 @@
+"""Puts operators that one kernel can compute together into model-local functions of the domain ``mmopt.fused``.
+
+    c = Conv(x, w); a = Add(c, r); y = Relu(a)    →    y = mmopt.fused.Conv_Add_Relu(x, w, r)
+
+The function's body is the subgraph it replaces, so the model stays standard ONNX and means the same in any runtime; a
+target maps the function to one kernel. Groups grow in topological order. An *anchor* (matrix product, convolution)
+takes the elementwise operators that only its result needs; a *row* operator (softmax, normalization) takes elementwise
+operators before and after it; elementwise operators alone form an *island*. A group never computes anything twice and
+never closes a cycle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import onnx_ir as ir
+
+from mmopt.ir.module import FUSED_DOMAIN, Module
+from mmopt.pipeline.base import Fidelity, Pass, PassContext
+
+ELEMENTWISE = frozenset(
+    "Add Sub Mul Div Pow Min Max Neg Abs Exp Log Sqrt Reciprocal Erf Tanh Sigmoid Relu LeakyRelu PRelu Clip Gelu HardSwish "
+    "HardSigmoid Softplus Softsign Mish Swish Elu Selu Celu ThresholdedRelu Cast Where Equal Greater GreaterOrEqual Less "
+    "LessOrEqual Not And Or Xor IsNaN IsInf Sin Cos Sign Floor Ceil Round".split()
+)
+ANCHORS = frozenset({"MatMul", "Gemm", "Conv"})
+ROWS = frozenset({"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"})
+
+SEARCH = 256
+"""Nodes looked at when ruling out a cycle; beyond that the operator stays out of the group."""
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """Nodes of one kernel, in topological order, and what kind of operator leads them."""
+
+    nodes: list[ir.Node]
+    kind: str
+    first: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FuseGroups(Pass):
+    """Form fusion groups.
+
+    Attributes:
+        max_nodes: Largest number of operators in a group.
+    """
+
+    fidelity = Fidelity.EXACT
+
+    max_nodes: int = 16
+
+    def run(self, module: Module, context: PassContext) -> bool:
+        """Outline every group of at least two operators in the main graph."""
+        builder = _Grouping(module.graph, self.max_nodes)
+        groups = [g for g in builder.groups() if len(g.nodes) > 1]
+        outliner = _Outliner(module)
+        for group in groups:
+            call = outliner.outline(group.nodes)
+            self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
+        for node, reason in builder.missed:
+            self.remark(context, "missed", str(node.name), reason)
+        if groups:
+            module.graph.sort()
+        return bool(groups)
+
+
+class _Grouping:
+    """Assigns nodes to groups."""
+
+    def __init__(self, graph: ir.Graph, max_nodes: int) -> None:
+        self.graph, self.max_nodes = graph, max_nodes
+        self.position = {node: n for n, node in enumerate(graph)}
+        self.group_of: dict[ir.Node, Group] = {}
+        self.missed: list[tuple[ir.Node, str]] = []
+
+    def groups(self) -> list[Group]:
+        for node in self.graph:
+            kind = _kind(node)
+            if kind is None:
+                continue
+            group = self._join(node, kind) if kind != "anchor" else None
+            if group is None:
+                group = Group([], kind, self.position[node])
+            group.nodes.append(node)
+            if kind == "row":
+                group.kind = "row"
+            self.group_of[node] = group
+        return list(dict.fromkeys(self.group_of.values()))
+
+    def _join(self, node: ir.Node, kind: str) -> Group | None:
+        """The group of one of the node's producers that ``node`` may enter, the youngest first."""
+        producers = [v.producer() for v in node.inputs if v is not None]
+        candidates = [self.group_of[p] for p in producers if p is not None and p in self.group_of]
+        for group in sorted(set(candidates), key=lambda g: -self.position[g.nodes[-1]]):
+            reason = self._refusal(group, node, kind)
+            if reason is None:
+                return group
+            self.missed.append((node, reason))
+        return None
+
+    def _refusal(self, group: Group, node: ir.Node, kind: str) -> str | None:
+        """Why ``node`` cannot enter ``group``."""
+        if len(group.nodes) >= self.max_nodes:
+            return f"the group of {group.nodes[0].name} is full"
+        if kind == "row" and group.kind != "elementwise":
+            return f"{node.op_type} cannot follow {group.kind} operators in one kernel"
+        wanted = node.outputs[0].shape
+        if not _same_extents(wanted, group.nodes[-1].outputs[0].shape):
+            return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
+        if group.kind == "anchor" and not all(_sole_use(v, node) for v in _made(group, node)):
+            return f"the result of {group.nodes[-1].name} is needed elsewhere too"
+        if self._cycle(group, node):
+            return f"another input depends on {group.nodes[0].name}"
+        return None
+
+    def _cycle(self, group: Group, node: ir.Node) -> bool:
+        """Whether an input from outside the group depends on the group (or too much would have to be searched)."""
+        members = set(group.nodes)
+        pending = [p for v in node.inputs if v is not None and (p := v.producer()) is not None and p not in members]
+        seen: set[ir.Node] = set()
+        while pending:
+            producer = pending.pop()
+            if producer in seen or self.position.get(producer, -1) < group.first:
+                continue
+            if len(seen) > SEARCH:
+                return True
+            seen.add(producer)
+            for value in _reads(producer):
+                before = value.producer()
+                if before is None:
+                    continue
+                if before in members:
+                    return True
+                pending.append(before)
+                pending.extend(n for n in self._with_group(before) if n not in seen)
+        return False
+
+    def _with_group(self, node: ir.Node) -> list[ir.Node]:
+        """Other members of the node's group: contracted, they count as one."""
+        group = self.group_of.get(node)
+        return group.nodes if group is not None else []
+
+
+def _reads(node: ir.Node) -> Iterable[ir.Value]:
+    """Inputs of a node and everything its subgraphs take from outside."""
+    yield from (v for v in node.inputs if v is not None)
+    for attribute in node.attributes.values():
+        graphs = attribute.value if attribute.type == ir.AttributeType.GRAPHS else [attribute.value]
+        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+            for graph in graphs:
+                for inner in ir.traversal.RecursiveGraphIterator(graph):
+                    yield from (v for v in inner.inputs if v is not None)
+
+
+def _kind(node: ir.Node) -> str | None:
+    if node.domain not in ("", "ai.onnx") or not node.outputs:
+        return None
+    if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
+        return None
+    shape = node.outputs[0].shape
+    if shape is None or len(shape) == 0:
+        return None
+    if node.op_type in ROWS:
+        return "row" if _last_axis(node) else None
+    if node.op_type in ANCHORS:
+        return "anchor"
+    if node.op_type in ELEMENTWISE and _is_data(node):
+        return "elementwise"
+    return None
+
+
+def _last_axis(node: ir.Node) -> bool:
+    axis = node.attributes.get("axis")
+    rank = len(node.outputs[0].shape or ())
+    return axis is None or axis.as_int() in (-1, rank - 1)
+
+
+def _is_data(node: ir.Node) -> bool:
+    """Whether a node computes on activations rather than on sizes."""
+    dtype = node.outputs[0].dtype
+    shape = node.outputs[0].shape
+    small = shape is not None and len(shape) <= 1
+    return dtype is not None and not (small and dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL))
+
+
+def _same_extents(left: ir.Shape | None, right: ir.Shape | None) -> bool:
+    if left is None or right is None or len(left) != len(right):
+        return False
+    return all(_extent(a) is not None and _extent(a) == _extent(b) for a, b in zip(left, right, strict=True))
+
+
+def _extent(dim: int | ir.SymbolicDim) -> int | str | None:
+    return dim if isinstance(dim, int) else dim.value
+
+
+def _made(group: Group, node: ir.Node) -> list[ir.Value]:
+    members = set(group.nodes)
+    return [v for v in node.inputs if v is not None and v.producer() in members]
+
+
+def _sole_use(value: ir.Value, node: ir.Node) -> bool:
+    return not value.is_graph_output() and {user for user, _ in value.uses()} == {node}
+
+
+class _Outliner:
+    """Replaces groups of nodes by calls of functions; equal groups share one function."""
+
+    def __init__(self, module: Module) -> None:
+        self.module = module
+        self.names = {identifier[1] for identifier in module.model.functions if identifier[0] == FUSED_DOMAIN}
+        self.known: dict[str, str] = {}
+        self.calls = 0
+
+    def outline(self, nodes: Sequence[ir.Node]) -> ir.Node:
+        members = set(nodes)
+        made = {o for n in nodes for o in n.outputs}
+        inputs = list(dict.fromkeys(v for n in nodes for v in n.inputs if v is not None and v not in made))
+        outputs = [
+            o
+            for n in nodes
+            for o in n.outputs
+            if o.is_graph_output() or any(user not in members for user, _ in o.uses())
+        ]
+        key = _signature(nodes, inputs, outputs)
+        if key not in self.known:
+            self.known[key] = self._define(nodes, inputs, outputs)
+        return self._call(self.known[key], nodes, inputs, outputs)
+
+    def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
+        name = self._name(nodes)
+        mapping: dict[ir.Value, ir.Value] = {v: ir.Value(name=f"in{n}") for n, v in enumerate(inputs)}
+        copies: list[ir.Node] = []
+        for number, node in enumerate(nodes):
+            results = [ir.Value(name=f"v{number}_{n}") for n in range(len(node.outputs))]
+            mapping.update(zip(node.outputs, results, strict=True))
+            copies.append(
+                ir.Node(
+                    node.domain,
+                    node.op_type,
+                    [None if v is None else mapping[v] for v in node.inputs],
+                    list(node.attributes.values()),
+                    outputs=results,
+                    name=f"{node.op_type}_{number}",
+                )
+            )
+        opsets = {d: v for d, v in self.module.model.opset_imports.items() if d in {n.domain for n in nodes} | {""}}
+        body = ir.Graph(
+            [mapping[v] for v in inputs], [mapping[v] for v in outputs], nodes=copies, opset_imports=opsets, name=name
+        )
+        function = ir.Function(FUSED_DOMAIN, name, "", graph=body, attributes=[])
+        self.module.model.functions[function.identifier()] = function
+        self.module.model.opset_imports.setdefault(FUSED_DOMAIN, 1)
+        return name
+
+    def _name(self, nodes: Sequence[ir.Node]) -> str:
+        base = "_".join(n.op_type for n in nodes[:6])
+        name, number = base, 1
+        while name in self.names:
+            number += 1
+            name = f"{base}_{number}"
+        self.names.add(name)
+        return name
+
+    def _call(
+        self, name: str, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+    ) -> ir.Node:
+        graph = self.module.graph
+        results = [ir.Value(name=o.name, shape=o.shape, type=o.type) for o in outputs]
+        call = ir.Node(FUSED_DOMAIN, name, list(inputs), outputs=results, name=f"{nodes[0].name or name}.fused")
+        self.calls += 1
+        for key, value in nodes[0].metadata_props.items():
+            call.metadata_props[key] = value
+        graph.insert_after(nodes[-1], call)
+        for old, new in zip(outputs, results, strict=True):
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        graph.remove(list(nodes), safe=True)
+        return call
+
+
+def _signature(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
+    """Equal for groups whose functions would be equal."""
+    label: dict[ir.Value, str] = {v: f"i{n}" for n, v in enumerate(inputs)}
+    lines: list[str] = []
+    for number, node in enumerate(nodes):
+        label.update({o: f"v{number}.{n}" for n, o in enumerate(node.outputs)})
+        operands = ",".join("-" if v is None else label[v] for v in node.inputs)
+        attributes = ";".join(f"{k}={_attribute(a)}" for k, a in sorted(node.attributes.items()))
+        lines.append(f"{node.domain}.{node.op_type}({operands}){{{attributes}}}")
+    return "\n".join([*lines, ",".join(label[o] for o in outputs)])
+
+
+def _attribute(attribute: ir.Attr) -> str:
+    if attribute.type == ir.AttributeType.TENSOR:
+        return str(attribute.as_tensor().numpy().tolist())
+    return str(attribute.value)
