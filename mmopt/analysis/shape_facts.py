@@ -106,7 +106,7 @@ def _annotate_value(
 ) -> bool:
     changed = False
     if fact.type is not None and value.type != fact.type:
-        value.type, changed = fact.type, True
+        value.type, changed = own_type(fact.type), True
     dims = fact.shape if varies else filled(fact.shape, from_ir_shape(value.shape))
     shape = None if dims is None else to_ir_shape(dims)
     if shape is not None and value.shape != shape:
@@ -114,6 +114,11 @@ def _annotate_value(
             on_conflict(value, shape)
         value.shape, changed = shape, True
     return changed
+
+
+def own_type(kind: ir.TypeProtocol) -> ir.TypeProtocol:
+    """A type for one value alone: setting ``value.dtype`` writes into the type object."""
+    return ir.TensorType(kind.dtype, denotation=kind.denotation) if isinstance(kind, ir.TensorType) else kind
 
 
 def filled(shape: Shape, annotation: Shape) -> Shape:

@@ -44,10 +44,13 @@ class ConstantRegion:
         self.lazy: Tensors = {}
         self.nodes: list[ir.Node] = []
         self.missed: list[tuple[ir.Node, str]] = []
+        self._candidates: set[ir.Node] = set()
+        self._constant: set[ir.Value] = set()
         self._computed: set[ir.Value] = set()
 
     def add(self, graph: ir.Graph) -> None:
-        """Look at the nodes of one graph."""
+        """Look at the nodes of one graph: first what depends on no input, then whether its size allows folding."""
+        candidates = []
         for node in graph:
             if is_onnx(node, "Constant") or any(output.is_graph_output() for output in node.outputs):
                 continue
@@ -55,6 +58,13 @@ class ConstantRegion:
             if tensor is not None:
                 self.known[node.outputs[0]] = tensor
             elif self._is_foldable(node):
+                candidates.append(node)
+                self._constant.update(node.outputs)
+        self._candidates.update(candidates)
+        for node in candidates:
+            if all(
+                value not in self._constant or value in self._computed for value in node.inputs if value is not None
+            ):
                 self._add_node(node)
 
     def _inferred(self, node: ir.Node) -> ir.TensorProtocol | None:
@@ -80,7 +90,7 @@ class ConstantRegion:
         return not (is_onnx(node, "Cast", "CastLike") and self._is_storage_cast(node))
 
     def _is_constant(self, value: ir.Value | None) -> bool:
-        return value is None or value in self.known or value in self._computed or editing.tensor_of(value) is not None
+        return value is None or value in self.known or value in self._constant or editing.tensor_of(value) is not None
 
     def _is_storage_cast(self, node: ir.Node) -> bool:
         """Whether a cast says how a weight is stored: up from a narrow float, or down to one that others cast up."""
@@ -94,21 +104,48 @@ class ConstantRegion:
         return target in _NARROW_FLOATS and bool(users) and all(is_onnx(user, "Cast") for user in users)
 
     def _add_node(self, node: ir.Node) -> None:
-        size = sum(self._nbytes(node, output) for output in node.outputs if output.name)
+        size, reclaimed, lazy = self._result_nbytes(node), 0.0, None
         if size > self._max_bytes:
-            if is_onnx(node, "Transpose"):
-                self._add_lazy_transpose(node)
-                return
-            if size > _released(node):
+            released = self._released(node, size)
+            # Shares are quotients; a byte in a billion is rounding.
+            if size > sum(released.values()) * (1 + 1e-9):
                 reason = "its size depends on data" if math.isinf(size) else f"it would take {size:.0f} bytes"
                 self.missed.append((node, f"{node.op_type} of constants is not computed: {reason}."))
                 return
-        if size > self._budget:
+            reclaimed = sum(share for value, share in released.items() if value in self._computed)
+            lazy = self._lazy_transpose(node)
+        if size - reclaimed > self._budget:
             self.missed.append((node, f"{node.op_type} of constants is not computed: max_total_bytes is reached."))
             return
-        self._budget -= size
+        self._budget -= size - reclaimed
+        if lazy is not None:
+            self.lazy[node.outputs[0]] = lazy
+            return
         self._computed.update(node.outputs)
         self.nodes.append(node)
+
+    def _released(self, node: ir.Node, size: float) -> dict[ir.Value, float]:
+        """Bytes of constants that nothing needs once ``node`` and all other readers of them are folded.
+
+        A constant that several nodes read, such as a weight cut into slices, is shared out in proportion to the sizes
+        of their results, so that together they take no more than there was.
+        """
+        shares = {}
+        for value in {value for value in node.inputs if value is not None and not value.is_graph_output()}:
+            readers = set(value.consumers())
+            if math.isfinite(size) and readers <= self._candidates:
+                shares[value] = self._constant_nbytes(value) * size / sum(map(self._result_nbytes, readers))
+        return shares
+
+    def _constant_nbytes(self, value: ir.Value) -> float:
+        producer = value.producer()
+        if value in self._computed and producer is not None:
+            return self._nbytes(producer, value)
+        tensor = editing.tensor_of(value)
+        return 0.0 if tensor is None else tensor.nbytes
+
+    def _result_nbytes(self, node: ir.Node) -> float:
+        return sum(self._nbytes(node, output) for output in node.outputs if output.name)
 
     def _nbytes(self, node: ir.Node, output: ir.Value) -> float:
         """Size of a result; infinite when it cannot be told before it is computed."""
@@ -121,26 +158,16 @@ class ConstantRegion:
             return math.inf
         return math.prod((float(dim) if isinstance(dim, int) else math.inf for dim in shape), start=width)
 
-    def _add_lazy_transpose(self, node: ir.Node) -> None:
-        source = node.inputs[0]
-        tensor = editing.tensor_of(source)
+    def _lazy_transpose(self, node: ir.Node) -> ir.TensorProtocol | None:
+        """The result of a Transpose of an initializer, as a tensor that is computed when it is read."""
+        tensor = editing.tensor_of(node.inputs[0])
+        if not is_onnx(node, "Transpose") or tensor is None or tensor.dtype.bitwidth < 8:
+            return None
         perm = node.attributes.get("perm")
-        if tensor is None or tensor.dtype.bitwidth < 8 or _released(node) < tensor.nbytes:
-            return
         order = tuple(perm.as_ints()) if perm is not None else tuple(reversed(range(len(tensor.shape))))
         shape = ir.Shape([tensor.shape.numpy()[axis] for axis in order])
 
         def transposed() -> ir.TensorProtocol:
             return ir.Tensor(np.transpose(tensor.numpy(), order), dtype=tensor.dtype)
 
-        self.lazy[node.outputs[0]] = ir.LazyTensor(transposed, dtype=tensor.dtype, shape=shape)
-
-
-def _released(node: ir.Node) -> int:
-    """Bytes of the constants that nothing else needs once ``node`` is folded."""
-    total = 0
-    for value in {value for value in node.inputs if value is not None}:
-        tensor = editing.tensor_of(value)
-        if tensor is not None and len(value.consumers()) == 1 and not value.is_graph_output():
-            total += tensor.nbytes
-    return total
+        return ir.LazyTensor(transposed, dtype=tensor.dtype, shape=shape)

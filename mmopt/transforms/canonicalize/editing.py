@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mmopt.analysis.shape_facts import own_type
 from mmopt.analysis.shape_rules import ONNX_DOMAINS, constant_tensor
 
 Array = np.ndarray[Any, Any]
@@ -163,8 +164,8 @@ def replace(old: ir.Value, new: ir.Value) -> None:
         return
     if new.shape is None:
         new.shape = old.shape
-    if new.type is None:
-        new.type = old.type
+    if new.type is None and old.type is not None:
+        new.type = own_type(old.type)
     old.replace_all_uses_with(new)
 
 

@@ -11,7 +11,8 @@ Numbers come from onnxruntime, so a folded constant has the bits the runtime wou
 - a result larger than ``max_bytes`` (of ConstantOfShape, Expand, Tile, …), unless it takes the place of constants that
   are no smaller; all results of one run together stay below ``max_total_bytes``.
 
-A transposed weight above ``max_bytes`` is folded without computing it: its bytes are made when they are written.
+A transposed weight above ``max_bytes`` is folded without computing it: its bytes are made when they are read. It counts
+in full all the same, since whoever runs the model in memory reads it.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import onnx_ir as ir
 
+from mmopt.analysis.shape_facts import own_type
 from mmopt.analysis.shape_rules import Shape
 from mmopt.analysis.shapes import Fact, ShapeFacts, infer_shapes
 from mmopt.errors import PassError
@@ -142,7 +143,7 @@ class Rewriter:
         """
         node = editing.new_node(op_type, inputs, before, self.names, attributes)
         if like is not None:
-            node.outputs[0].type = like.type
+            node.outputs[0].type = None if like.type is None else own_type(like.type)
             node.outputs[0].shape = None if like.shape is None else like.shape.copy()
             if self._facts is not None:
                 self._facts.set(node.outputs[0], self._facts.fact(like))
