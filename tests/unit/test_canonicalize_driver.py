@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import tracemalloc
 
 import onnx_ir as ir
 import pytest
 
 from mmopt.errors import PassError
+from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import Canonicalize
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass
 from tests.canonical import assert_same, check, evaluate, inputs_for, module_from, ops
-from tests.scale import scale_model
+from tests.scale import GraphBuilder, scale_model
 
 
 def _swap(to: str) -> Rule:
@@ -93,3 +96,25 @@ def test_work_grows_in_proportion_to_the_graph(monkeypatch: pytest.MonkeyPatch) 
         Canonicalize().run(module, PassContext())
         counts.append(trials)
     assert counts[1] < 4.5 * counts[0]
+
+
+def test_weights_are_not_brought_into_memory(tmp_path: pathlib.Path) -> None:
+    """Sixteen external weights of 4 MB, every second one transposed: an eighth of them in memory is too much."""
+    side, count = 1024, 16
+    builder = GraphBuilder()
+    x = ir.Value(name="x", shape=ir.Shape(["batch", side]), type=ir.TensorType(ir.DataType.FLOAT))
+    y = x
+    for i in range(count):
+        weight = builder.weight(side, side)
+        y = builder.op("MatMul", y, builder.op("Transpose", weight, perm=[1, 0]) if i % 2 else weight)
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", side])
+    ir.save(builder.model([x], [y]), tmp_path / "model.onnx", external_data="model.data")
+    module = Module(ir.load(tmp_path / "model.onnx"))
+    tracemalloc.start()
+    try:
+        assert Canonicalize().run(module, PassContext())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert ops(module) == ["MatMul"] * count
+    assert peak < count * side * side * 4 // 8

@@ -168,3 +168,23 @@ def test_a_node_that_cannot_run_stays_and_the_others_fold() -> None:
     assert FoldConstants().run(module, context)
     assert "e" in module.graph.initializers
     assert [r.kind for r in context.remarks if "Reshape" in r.message] == ["missed"]
+
+
+_SLICES = (
+    "z = Constant<value_ints = [0]>() h = Constant<value_ints = [300]>() e = Constant<value_ints = [600]>()"
+    " a = Slice(w, z, h, z) b = Slice(w, h, e, z)"
+)
+
+
+def test_slices_of_a_weight_fold_when_together_they_take_its_place() -> None:
+    module = _with_weight((600, 600), f"{_SLICES} f = Concat<axis = 0>(x, a) g = Concat<axis = 0>(f, b) y = Neg(g)")
+    check(FoldConstants(max_bytes=1 << 10), module)
+    assert ops(module).count("Slice") == 0
+    shared = f"{_SLICES} v = MatMul(x, w) f = Concat<axis = 0>(v, a) g = Concat<axis = 0>(f, b) y = Neg(g)"
+    check(FoldConstants(max_bytes=1 << 10), _with_weight((600, 600), shared), fires=False)
+
+
+def test_transposes_count_towards_the_sum() -> None:
+    module = _with_weight((600, 600), "t = Transpose<perm = [1, 0]>(w) y = MatMul(x, t)")
+    context = check(FoldConstants(max_total_bytes=1 << 20), module, fires=False)
+    assert "max_total_bytes" in context.remarks[0].message
