@@ -91,6 +91,10 @@ class ReferenceRunner:
             return [_run_reference(module, inputs, reason) for inputs in batches]
         return [session.run(inputs) for inputs in batches]
 
+    def refusal(self, module: Module) -> str:
+        """Why onnxruntime cannot load ``module``, or "" when it can."""
+        return self._load(module)[1]
+
     def _load(self, module: Module) -> tuple[_Session | None, str]:
         if self._folder is None:
             raise RuntimeError("ReferenceRunner is a context manager: use it in a with statement")

@@ -25,8 +25,13 @@ from mmopt.lowering.values import (
     described,
     dtype_name,
     from_elements,
+    identifier,
     plain_view,
 )
+
+
+FAILED = "its lowering failed"
+"""Start of the reason given for a node whose lowering raised: a bug, which onnxruntime covers up."""
 
 
 @dataclasses.dataclass
@@ -92,7 +97,8 @@ class FunctionLowering:
         self.symbols: dict[str, Expr] = {}
         self.builder = relax.BlockBuilder()
         self.captured: list[Value] = []
-        self._values: dict[ir.Value, Value] = {}
+        self.values: dict[ir.Value, Value] = {}
+        self.missing: dict[ir.Value, str] = {}
         self._vars: dict[Tensor, relax.Var] = {}
         self._realized: dict[Tensor, Source] = {}
         self._borrowed: set[Tensor] = set()
@@ -127,8 +133,8 @@ class FunctionLowering:
         if value.shape is None:
             raise NotLowered(f"the rank of {value.name} is not known")
         shape = [self._extent(d, f"{value.name}_{n}") for n, d in enumerate(value.shape)]
-        made = self.bind_argument(Source(shape, dtype_name(value.dtype), _identifier(value.name)))
-        self._values[value] = made
+        made = self.bind_argument(Source(shape, dtype_name(value.dtype), identifier(value.name)))
+        self.values[value] = made
         return made
 
     def bind_argument(self, source: Source) -> Value:
@@ -142,7 +148,7 @@ class FunctionLowering:
     def _extent(self, dim: int | ir.SymbolicDim, hint: str) -> Expr:
         if isinstance(dim, int):
             return index(dim)
-        return self.symbol(_identifier(str(dim.value)) if dim.value else self.program.unique(_identifier(hint)))
+        return self.symbol(identifier(str(dim.value)) if dim.value else self.program.unique(identifier(hint)))
 
     def run(
         self,
@@ -191,7 +197,7 @@ class FunctionLowering:
         if len(outputs) < len([o for o in node.outputs if o.uses() or o.is_graph_output()]):
             raise NotLowered("not all outputs are lowered")
         for made, value in zip(node.outputs, outputs, strict=False):
-            self._values[made] = value
+            self.values[made] = value
         if not self._lazy:
             self.realize([v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()], node.op_type)
 
@@ -205,7 +211,10 @@ class FunctionLowering:
             why = contradiction(node, opset, [described(o, v) for o, v in zip(node.inputs, inputs, strict=True)])
             if why:
                 raise Illegal(why) from error
-            raise
+            if isinstance(error, NotLowered):
+                raise
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise NotLowered(f"{FAILED} ({text})") from error
 
     def _operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         local = self.functions.get(node.op_identifier())
@@ -233,7 +242,7 @@ class FunctionLowering:
         """Lower a function body, whose nodes follow its own operator sets, in place of a call."""
         for formal, actual in zip(body.inputs, inputs, strict=False):
             if actual is not None:
-                self._values[formal] = actual
+                self.values[formal] = actual
         outer, self.opsets = self.opsets, {**self.opsets, **body.opset_imports}
         try:
             self.run(body, body.outputs)
@@ -255,20 +264,20 @@ class FunctionLowering:
 
     def value(self, value: ir.Value) -> Value:
         """The lowered form of ``value``: made here, an initializer, or captured from an outer graph."""
-        if value in self._values:
-            return self._values[value]
+        if value in self.values:
+            return self.values[value]
         if value.const_value is not None and value.producer() is None:
             made = self.program.constant(value.const_value, str(value.name))
         elif self.parent is not None:
             made = self.capture(self.parent.value(value))
         else:
-            raise NotLowered(f"{value.name} is not available")
-        self._values[value] = made
+            raise NotLowered(f"its input {value.name} has no kernels: {self.missing.get(value, 'nothing makes it')}")
+        self.values[value] = made
         return made
 
     def set_value(self, value: ir.Value, lowered: Value) -> None:
         """Declare what ``value`` is."""
-        self._values[value] = lowered
+        self.values[value] = lowered
 
     def capture(self, outer: Value) -> Value:
         """A value of the outer function as it is seen in this one."""
@@ -443,7 +452,7 @@ class FunctionLowering:
     def inline_graph(self, graph: ir.Graph, inputs: Sequence[Value]) -> list[Value]:
         """Lower the body of a control-flow node in place; its formal inputs are ``inputs``."""
         for formal, actual in zip(graph.inputs, inputs, strict=True):
-            self._values[formal] = actual
+            self.values[formal] = actual
         self.run(graph, graph.outputs)
         return [self.value(o) for o in graph.outputs]
 
@@ -507,6 +516,7 @@ class _Body:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if kind is not None:
             self._dataflow.__exit__(kind, error, trace)
+            self.lowering.builder._end_block()
             self._function.__exit__(kind, error, trace)
 
 
@@ -517,10 +527,6 @@ def _reindexed(tensor: Tensor, extents: Sequence[Expr]) -> Map:
         return tensor[split_index(simplify(flat_index(at, extents)), tensor.shape)]
 
     return Map(extents, tensor.dtype, body, "reshape")
-
-
-def _identifier(name: str | None) -> str:
-    return "".join(c if c.isalnum() else "_" for c in name or "value") or "value"
 
 
 def element_count(shape: Sequence[Expr]) -> Expr:

@@ -72,11 +72,23 @@ class ProgramBuilder:
         self._functions[name] = function
 
     def module(self) -> tvm.IRModule:
-        """Everything collected so far as one module."""
-        functions = dict(self._registry.get().functions)
+        """What the entries need of everything collected so far, as one module. The records of other kernels are dropped."""
+        helpers = dict(self._registry.get().functions)
+        needed: dict[GlobalVar, Any] = {}
+        pending = list(self._functions.values())
+        while pending:
+            function = pending.pop()
+            if not isinstance(function, relax.Function):
+                continue
+            for handle in relax.analysis.all_global_vars(function):
+                if handle not in needed:
+                    needed[handle] = helpers[handle]
+                    pending.append(helpers[handle])
+        names = {str(handle.name_hint) for handle in needed}
+        self.kernels = {name: record for name, record in self.kernels.items() if name in names}
         for name, function in self._functions.items():
-            functions[GlobalVar(name)] = function
-        return tvm.IRModule(functions)
+            needed[GlobalVar(name)] = function
+        return tvm.IRModule(needed)
 
     # -- weights -----------------------------------------------------------------------------------------------
 

@@ -56,6 +56,11 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     return _DTYPES[dtype]
 
 
+def identifier(name: str | None) -> str:
+    """``name`` with nothing in it but letters, digits and underscores."""
+    return "".join(c if c.isalnum() else "_" for c in name or "value") or "value"
+
+
 def described(value: ir.Value | None, lowered: Value | None) -> ir.TypeAndShape | None:
     """Type of a value for ONNX's own tools: the element type the model states, the extents that lowering knows."""
     if value is None or lowered is None:

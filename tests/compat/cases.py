@@ -86,10 +86,15 @@ def generated() -> list[Case]:
         found = collect_testcases(None)
 
     def case(made: Any) -> Case:
-        sets = [(list(given), list(expected)) for given, expected in made.data_sets]
+        sets = [([_array(v) for v in given], [_array(v) for v in expected]) for given, expected in made.data_sets]
         return Case(made.name, made.rtol, made.atol, lambda: (made.model, sets))
 
     return [case(made) for made in found]
+
+
+def _array(value: Any) -> Any:
+    """Dtypes that numpy lacks come as protobufs."""
+    return numpy_helper.to_array(value) if isinstance(value, onnx.TensorProto) else value
 
 
 def on_disk() -> list[Case]:

@@ -104,23 +104,26 @@ def _compare(case: Case, expected: Sequence[Any], outputs: Sequence[Any]) -> str
             for want, got in zip(expected, outputs, strict=True):
                 np.testing.assert_equal((got.shape, got.dtype), (want.shape, want.dtype))
         else:
-            Runner.assert_similar_outputs([_plain(v) for v in expected], [_plain(v) for v in outputs], case.rtol, case.atol)
+            wanted, got = _flat(expected), _flat(outputs)
+            np.testing.assert_equal([len(v) for v in got], [len(v) for v in wanted])
+            Runner.assert_similar_outputs(sum(wanted, []), sum(got, []), case.rtol, case.atol)
     except (AssertionError, TypeError, ValueError) as error:
         return " ".join(str(error).split())[:1000] or type(error).__name__
     return ""
 
 
+def _flat(values: Sequence[Any]) -> list[list[Any]]:
+    """The tensors in each value: one, those of a sequence, none for an absent optional."""
+    return [[_plain(item) for item in v] if isinstance(v, list | tuple) else [] if v is None else [_plain(v)] for v in values]
+
+
 def _plain(value: Any) -> Any:
-    """An array of a dtype whose comparison numpy knows; sequences and absent optionals as lists."""
-    if value is None:
-        return []
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+    """An array of a dtype whose comparison numpy knows."""
     array = np.asarray(value)
     if array.dtype.kind in "US":
         return array.astype(object)
-    small = array.dtype.kind == "V" or (array.dtype.isbuiltin != 1 and array.dtype.name != "bfloat16")
-    return array.astype(np.float32) if small and array.dtype.kind != "O" else array
+    own = array.dtype.isbuiltin == 1 or array.dtype.kind == "O" or array.dtype.name == "bfloat16"
+    return array if own else array.astype(np.float32)
 
 
 # -- onnxruntime alone -------------------------------------------------------------------------------------------------
