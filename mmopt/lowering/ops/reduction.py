@@ -278,7 +278,7 @@ def cumulative(node: OpNode) -> Value:
         split = [product(data.shape[:position]), data.shape[position], product(data.shape[position + 1 :])]
         split = [simplify(e) for e in split]
     else:
-        split = named(node, _split_at(data.shape, axis.items[0]), "scan", [None] * 3)
+        split = named(node, split_at(data.shape, axis.items[0]), "scan", [None] * 3)
     if data.elements is not None and known(split[1]) is not None and data.ndim == 1:
         return _followed_scan(node, data)
     flat = node.context.reshape(data, split)
@@ -295,7 +295,8 @@ def cumulative(node: OpNode) -> Value:
     return node.context.reshape(done, data.shape)
 
 
-def _split_at(extents: Sequence[Expr], axis: Expr) -> list[Expr]:
+def split_at(extents: Sequence[Expr], axis: Expr) -> list[Expr]:
+    """Elements in front of, along and behind an axis that is data."""
     rank = len(extents)
     before, here, after = i64(1), i64(1), i64(1)
     position = choose(axis < i64(0), axis + rank, axis)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from tvm import tirx
 from tvm.ir import Expr
 
-from mmopt.backends.compute import SUM, Map, Reduction
+from mmopt.backends.compute import SUM, Map, Reduction, Tensor
 from mmopt.backends.cpu.kernels.scan import Scan
 from mmopt.backends.cpu.kernels.scatter import Positions, Scatter
 from mmopt.backends.cpu.kernels.sort import Sort
+from mmopt.backends.cpu.kernels.suppress import Limits, Suppress
 from mmopt.backends.cpu.loops import product, split_index
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import truth
@@ -194,3 +195,33 @@ def _histogram(node: OpNode, group: Value, groups: Expr) -> Value:
     ones = Map(group.shape, "int64", lambda _: i64(1), "ones")
     nest = Scatter(empty, ones, [group.tensor], lambda at: (group.tensor[at[0]],), lambda a, b: a + b)
     return Value(nest.output, name=node.name)
+
+
+@lowers("NonMaxSuppression")
+def non_max_suppression(node: OpNode) -> Value:
+    """Boxes that overlap no better box of their class too much."""
+    boxes, scores = node.input(0), node.input(1)
+    batches, classes, count = scores.shape
+    node.context.realize([boxes, scores], "boxes")
+    keys = node.context.reshape(scores, [simplify(batches * classes), count, i64(1)])
+    node.context.realize([keys], "keys")
+    order = _realized(node, Value(Sort(keys.tensor, descending=True).output), "sort")
+    limits = [_scalar(node, n) for n in (2, 3, 4)]
+    nest = Suppress(
+        node.context.tensor(boxes),
+        node.context.tensor(scores),
+        order.tensor,
+        Limits(*limits, centres=bool(node.attr("center_point_box", 0))),
+    )
+    rows, found = Value(nest.rows), Value(nest.count)
+    node.context.realize([rows, found], "suppress")
+    (kept,) = named(node, node.context.runtime_extents(found, "boxes"), "boxes", [_stated(node, 0)])
+    return Value(Map([kept, i64(3)], "int64", lambda r, c: rows.tensor[r, c], "selected"), name=node.name)
+
+
+def _scalar(node: OpNode, position: int) -> Tensor | None:
+    value = node.optional(position)
+    if value is None:
+        return None
+    flat = node.context.reshape(value, []) if value.ndim else value
+    return node.context.tensor(flat)
