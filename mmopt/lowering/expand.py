@@ -49,7 +49,7 @@ def contradiction(node: ir.Node, opset: int, types: Sequence[Type]) -> str:
         onnx.shape_inference.infer_node_outputs(schema, ir.serde.serialize_node(node), known)
     except onnx.shape_inference.InferenceError as error:
         return str(error).splitlines()[0]
-    except (defs.SchemaError, ValueError, TypeError):
+    except (defs.SchemaError, KeyError, ValueError, TypeError):
         return ""
     return ""
 

@@ -25,9 +25,13 @@ _ONNX_TYPES = {
     "uint4": 21,
     "int4": 22,
     "float4_e2m1fn": 23,
+    "float8_e8m0fnu": 24,
+    "uint2": 25,
+    "int2": 26,
 }
 _FOREIGN = {number: name for name, number in _ONNX_TYPES.items()}
-_HALF_BYTE = ("uint4", "int4", "float4_e2m1fn")
+_BITS = {"uint4": 4, "int4": 4, "float4_e2m1fn": 4, "uint2": 2, "int2": 2}
+"""Bits of the element types of which several share a byte."""
 
 
 class OnnxRuntimeEngine:
@@ -88,7 +92,7 @@ class OnnxRuntimeEngine:
 
 def _is_foreign(ort_type: str) -> bool:
     """Whether numpy has no name for an element type that onnxruntime spells like ``tensor(float8e4m3fn)``."""
-    return ort_type.startswith("tensor(") and any(part in ort_type for part in ("bfloat16", "float8", "int4", "float4"))
+    return ort_type.startswith("tensor(") and any(part in ort_type for part in ("bfloat16", "float8", "int4", "float4", "int2"))
 
 
 def _to_ort(value: Any) -> Any:
@@ -98,9 +102,9 @@ def _to_ort(value: Any) -> Any:
     if number is None:
         return value.astype(object) if dtype_name(value) == "string" else np.ascontiguousarray(value)
     ort = importlib.import_module("onnxruntime")
-    if value.dtype.name in _HALF_BYTE:
+    if value.dtype.name in _BITS:
         made = ort.OrtValue.ortvalue_from_shape_and_type(list(value.shape), number, "cpu")
-        _bytes_of(made)[...] = _pack(value)
+        _bytes_of(made)[...] = _pack(value, _BITS[value.dtype.name])
         return made
     raw = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, number)
@@ -124,7 +128,7 @@ def _from_ort(value: Any) -> Array:
     if 0 in shape:
         return np.empty(shape, dtype)
     raw = _bytes_of(value)
-    flat = _unpack(raw, math.prod(shape)) if name in _HALF_BYTE else raw.copy()
+    flat = _unpack(raw, math.prod(shape), _BITS[name]) if name in _BITS else raw.copy()
     typed: Array = flat.view(dtype).reshape(shape)
     return typed
 
@@ -133,13 +137,16 @@ def _bytes_of(value: Any) -> Array:
     return share_memory(value.data_ptr(), (value.tensor_size_in_bytes(),), (1,), np.dtype(np.uint8), value)
 
 
-def _pack(array: Array) -> Array:
-    """Two four-bit values a byte, the first in the low half, as ONNX stores them."""
-    values = np.ascontiguousarray(array).view(np.uint8).reshape(-1) & 0xF
-    values = np.append(values, np.zeros(values.size % 2, np.uint8))
-    return values[0::2] | values[1::2] << 4
+def _pack(array: Array, bits: int) -> Array:
+    """Several values a byte, the first in the lowest bits, as ONNX stores them."""
+    count = 8 // bits
+    values = np.ascontiguousarray(array).view(np.uint8).reshape(-1) & (1 << bits) - 1
+    values = np.append(values, np.zeros(-values.size % count, np.uint8)).reshape(-1, count)
+    packed: Array = np.bitwise_or.reduce(values << np.arange(count, dtype=np.uint8) * bits, axis=1, dtype=np.uint8)
+    return packed
 
 
-def _unpack(raw: Array, count: int) -> Array:
-    """Inverse of :func:`_pack`: one byte a value, of which the low half counts."""
-    return np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[:count]
+def _unpack(raw: Array, size: int, bits: int) -> Array:
+    """Inverse of :func:`_pack`: one byte a value, of which the lowest bits count."""
+    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
+    return (raw[:, None] >> shifts & (1 << bits) - 1).astype(np.uint8).reshape(-1)[:size]
