@@ -53,6 +53,7 @@ class OutputComparison:
         range: Largest minus smallest finite element of the reference, outliers left out.
         mismatched_fraction: Part of the elements beyond the tolerance.
         nonfinite: Elements that are NaN or infinite in the reference.
+        misplaced: Elements that are NaN or infinite on one side only, or in different ways.
         tolerance: The bound on ``relative_error``.
         reason: Why the outputs disagree, or "".
     """
@@ -65,6 +66,7 @@ class OutputComparison:
     range: float = 0.0
     mismatched_fraction: float = 0.0
     nonfinite: int = 0
+    misplaced: int = 0
     tolerance: float = 0.0
     reason: str = ""
 
@@ -203,14 +205,16 @@ def _compare_floats(
         range=spread,
         mismatched_fraction=float(wrong.mean()) if wrong.size else 0.0,
         nonfinite=int((~finite).sum()),
+        misplaced=int((~agree).sum()),
         tolerance=tolerance.relative,
     )
-    return dataclasses.replace(comparison, reason=_float_reason(comparison, int((~agree).sum())) if wrong.any() else "")
+    return dataclasses.replace(comparison, reason=_float_reason(comparison) if wrong.any() else "")
 
 
-def _float_reason(comparison: OutputComparison, patterns: int) -> str:
-    if patterns:
-        return f"NaN or infinity appear or vanish at {patterns} element{'s' if patterns > 1 else ''}"
+def _float_reason(comparison: OutputComparison) -> str:
+    count = comparison.misplaced
+    if count:
+        return f"NaN or infinity appear or vanish at {count} element{'s' if count > 1 else ''}"
     return (
         f"max error {comparison.max_abs_error:.3g} is {comparison.relative_error:.3g} of the range, "
         f"allowed is {comparison.tolerance:.3g} ({comparison.mismatched_fraction:.1%} of the elements)"
