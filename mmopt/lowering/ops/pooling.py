@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -101,16 +102,23 @@ def _pooled_blocks(
     (identity,) = combiner.identity((wide,))
     plain = (*blocked.shape[:2], *blocked.shape[2 : 2 + rank])
 
-    def body(*at: Expr) -> Expr:
-        state = identity
-        for tap in itertools.product(*(range(k) for k in windows.kernel)):
+    shape = (*blocked.shape[:2], *windows.out, blocked.shape[-1])
+
+    def read(tap: Sequence[int]) -> Map:
+        def body(*at: Expr) -> Expr:
             inside, place = placed(windows, plain, at[: 2 + rank], [i64(t) for t in tap])
             value = before(blocked[(*place, at[-1])].astype(wide))
-            (state,) = combiner.combine((state,), (tirx.Select(inside, value, identity) if padded else value,))
-        return finish(state, at[2 : 2 + rank]).astype(data.dtype)
+            return tirx.Select(inside, value, identity) if padded else value
 
-    shape = (*blocked.shape[:2], *windows.out, blocked.shape[-1])
-    return Value.in_blocks(Map(shape, data.dtype, body, "pool"), node.name)
+        return Map(shape, wide, body, "tap")
+
+    def merged(left: Map, right: Map) -> Map:
+        return Map(shape, wide, lambda *at: combiner.combine((left[at],), (right[at],))[0], "window")
+
+    # One tensor for each step: the emitter computes an inlined tensor once however often a rule reads it.
+    total = functools.reduce(merged, (read(tap) for tap in itertools.product(*(range(k) for k in windows.kernel))))
+    done = Map(shape, data.dtype, lambda *at: finish(total[at], at[2 : 2 + rank]).astype(data.dtype), "pool")
+    return Value.in_blocks(done, node.name)
 
 
 def placed(windows: Windows, shape: Sequence[Expr], at: Sequence[Expr], steps: Sequence[Expr]) -> tuple[Expr, tuple[Expr, ...]]:
