@@ -51,7 +51,9 @@ def compiled(model: onnx.ModelProto | str | pathlib.Path, *feeds: Mapping[str, A
         with mmopt.load_artifact(built.path, threads=1) as session:
             for feed in feeds:
                 outputs.append(session.run(feed))
-                expected = dict(zip([o.name for o in reference.get_outputs()], reference.run(None, dict(feed)), strict=True))
+                expected = dict(
+                    zip([o.name for o in reference.get_outputs()], reference.run(None, dict(feed)), strict=True)
+                )
                 for name, value in expected.items():
                     np.testing.assert_allclose(outputs[-1][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
         return Compiled(outputs, built.manifest.entries["main"].segments, list(built.manifest.notes))

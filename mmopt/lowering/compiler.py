@@ -84,7 +84,13 @@ def tensor_spec(value: ir.Value) -> TensorSpec:
     """How an input or output of a graph is described in the manifest."""
     kinds = {ir.SequenceType: "sequence", ir.OptionalType: "optional"}
     kind = next((k for t, k in kinds.items() if isinstance(value.type, t)), "tensor")
-    dtype = "unknown" if value.dtype is None else "string" if value.dtype == ir.DataType.STRING else value.dtype.numpy().name
+    dtype = (
+        "unknown"
+        if value.dtype is None
+        else "string"
+        if value.dtype == ir.DataType.STRING
+        else value.dtype.numpy().name
+    )
     if value.shape is None:
         return TensorSpec(str(value.name), dtype, None, kind)
     dims = tuple(d if isinstance(d, int) else str(d.value or f"{value.name}_{n}") for n, d in enumerate(value.shape))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import onnx
-import onnx_ir as ir
 import onnx.shape_inference
+import onnx_ir as ir
 from onnx import defs
 
 Type = ir.TypeAndShape | None
@@ -89,16 +90,14 @@ def _bind(node: ir.Node, bound: Mapping[str, ir.Attr]) -> None:
             node.attributes[name] = ir.Attr(name, actual.type, actual.value)
 
 
-def _fixed_definition(schema: defs.OpSchema, opset: int) -> onnx.FunctionProto | None:
+def _fixed_definition(schema: Any, opset: int) -> onnx.FunctionProto | None:
     if not schema.has_function:
         return None
     version = _version(schema.function_opset_versions, opset)
     return _parsed(schema.get_function_with_opset_version(version))
 
 
-def _definition_of(
-    schema: defs.OpSchema, node: ir.Node, opset: int, types: Sequence[Type]
-) -> onnx.FunctionProto | None:
+def _definition_of(schema: Any, node: ir.Node, opset: int, types: Sequence[Type]) -> onnx.FunctionProto | None:
     if not schema.has_context_dependent_function:
         return None
     version = _version(schema.context_dependent_function_opset_versions, opset)

@@ -29,7 +29,6 @@ from mmopt.lowering.values import (
     plain_view,
 )
 
-
 FAILED = "its lowering failed"
 """Start of the reason given for a node whose lowering raised: a bug, which onnxruntime covers up."""
 
@@ -50,9 +49,9 @@ class BranchesDiffer(NotLowered):
     """The branches of an If give values of different ranks, so that what follows it differs too.
 
     Attributes:
-        resume: Lowers the given nodes, all that follow, separately behind each branch, and declares the given outputs; or
-            takes the If away, where one branch leads to nodes the standard does not allow. Returns whether the nodes are
-            lowered.
+        resume: Lowers the given nodes, all that follow, separately behind each branch, and declares the given outputs;
+            or takes the If away, where one branch leads to nodes the standard does not allow. Returns whether the nodes
+            are lowered.
     """
 
     def __init__(self, reason: str, resume: Callable[[list[ir.Node], Sequence[ir.Value]], bool]) -> None:
@@ -93,7 +92,7 @@ class FunctionLowering:
         self.opsets = opsets
         self.functions = functions
         self.parent = parent
-        self.params = parent.params if parent else Params()
+        self.params: Params = parent.params if parent else Params()
         self.symbols: dict[str, Expr] = {}
         self.builder = relax.BlockBuilder()
         self.captured: list[Value] = []
@@ -199,7 +198,10 @@ class FunctionLowering:
         for made, value in zip(node.outputs, outputs, strict=False):
             self.values[made] = value
         if not self._lazy:
-            self.realize([v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()], node.op_type)
+            self.realize(
+                [v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()],
+                node.op_type,
+            )
 
     def _legal_operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         try:
@@ -312,7 +314,9 @@ class FunctionLowering:
             return Value(_reindexed(tensor, extents), name=value.name)
         view = Source(extents, tensor.dtype, tensor.name)
         out = relax.TensorType(view.shape, view.dtype)
-        call = relax.call_pure_packed("vm.builtin.reshape", self.var(tensor), relax.ShapeExpr(view.shape), ty_args=[out])
+        call = relax.call_pure_packed(
+            "vm.builtin.reshape", self.var(tensor), relax.ShapeExpr(view.shape), ty_args=[out]
+        )
         self._vars[view] = self.builder.emit(call)
         if tensor in self._borrowed or isinstance(tensor, ConstantSource):
             self._borrowed.add(view)
@@ -352,7 +356,12 @@ class FunctionLowering:
         self.realize([value], "operand")
         if value.blocked is None:
             plain = value.tensor
-            shape = (value.shape[0], simplify(tirx.floordiv(value.shape[1], index(lanes))), *value.shape[2:], index(lanes))
+            shape = (
+                value.shape[0],
+                simplify(tirx.floordiv(value.shape[1], index(lanes))),
+                *value.shape[2:],
+                index(lanes),
+            )
 
             def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
                 return plain[(n, c * lanes + rest[-1], *rest[:-1])]
@@ -396,7 +405,7 @@ class FunctionLowering:
         return Value(source, name=name)
 
     def match(self, call: Expr, shape: Sequence[Expr], dtype: str, name: str) -> Value:
-        """Emit a Relax expression whose extents become known at run time and are bound to the variables of ``shape``."""
+        """Emit a Relax expression whose extents are known at run time; the variables of ``shape`` are bound to them."""
         source = Source(shape, dtype, name)
         raw = self.builder.emit(call)
         self._vars[source] = self.builder.match_cast(raw, relax.TensorType(source.shape, dtype))
@@ -435,7 +444,12 @@ class FunctionLowering:
         for value in values:
             self.realize([value], "output")
             tensor = value.tensor
-            if value.constant is not None or not isinstance(tensor, Source) or tensor in self._borrowed or tensor in given:
+            if (
+                value.constant is not None
+                or not isinstance(tensor, Source)
+                or tensor in self._borrowed
+                or tensor in given
+            ):
                 value = Value(Map(tensor.shape, tensor.dtype, lambda *at, t=tensor: t[at] if at else t[()], "copy"))
                 self.realize([value], "copy")
                 tensor = value.tensor
@@ -445,7 +459,9 @@ class FunctionLowering:
 
     def child(self, hint: str) -> FunctionLowering:
         """A function whose body may use this one's values and sizes."""
-        inner = FunctionLowering(self.program, self.program.unique(f"{self.name}_{hint}"), self.opsets, self.functions, self)
+        inner = FunctionLowering(
+            self.program, self.program.unique(f"{self.name}_{hint}"), self.opsets, self.functions, self
+        )
         inner.symbols = dict(self.symbols)
         return inner
 
@@ -478,7 +494,7 @@ class FunctionLowering:
 
 @dataclasses.dataclass
 class Subfunction:
-    """A lowered body: call ``handle`` with :meth:`FunctionLowering.hand_over`; results have the types of ``outputs``."""
+    """A lowered body: call ``handle`` with :meth:`FunctionLowering.hand_over`; results are like ``outputs``."""
 
     handle: GlobalVar
     captured: list[Value]

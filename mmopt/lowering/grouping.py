@@ -12,7 +12,19 @@ FEW = 8
 """A native group with at most this many nodes, all of them cheap, is not worth the two crossings."""
 
 SIZES = frozenset(
-    {"Cast", "Concat", "Constant", "ConstantOfShape", "Flatten", "Gather", "Identity", "Range", "Reshape", "Shape", "Size"}
+    {
+        "Cast",
+        "Concat",
+        "Constant",
+        "ConstantOfShape",
+        "Flatten",
+        "Gather",
+        "Identity",
+        "Range",
+        "Reshape",
+        "Shape",
+        "Size",
+    }
     | {"Slice", "Squeeze", "Unsqueeze"}
 )
 """Operators that mostly work out sizes, or move nothing."""

@@ -2,8 +2,8 @@
 
 A trip is a function from a state to the next one. ``run(level)`` makes up to 2**level trips: two times
 ``run(level - 1)``, unless the state says that no trip is left. ``grow(level)`` is ``run(level)``, then
-``grow(level + 1)``. So any number of trips needs a depth of calls that only grows with its logarithm, and the values that
-trips put out are joined in pairs, each copied as often as the logarithm says.
+``grow(level + 1)``. So any number of trips needs a depth of calls that only grows with its logarithm, and the values
+that trips put out are joined in pairs, each copied as often as the logarithm says.
 
     state  = (number of the next trip, whether it happens, carried values…)
     result = (state…, what the trips put out, stacked along a new first axis…)
@@ -23,14 +23,16 @@ from mmopt.lowering.function import FunctionLowering
 from mmopt.lowering.values import NotLowered, Value
 
 Trip = Callable[[FunctionLowering, Value, Sequence[Value]], tuple["Value | None", list[Value]]]
-"""Lowers one trip inside a function: from (function, number of the trip, carried values) to (whether another one follows,
-carried values and then what the trip puts out). ``None`` for a condition that always holds."""
+"""Lowers one trip inside a function: from (function, number of the trip, carried values) to (whether another one
+follows, carried values and then what the trip puts out). ``None`` for a condition that always holds."""
 
 
 def opaque(type_: relax.Type) -> relax.Type:
     """A type without extents: what a function accepts that only hands a value on."""
     if isinstance(type_, relax.TensorType):
-        return relax.TensorType(None, str(type_.dtype.dtype if hasattr(type_.dtype, "dtype") else type_.dtype), ndim=type_.ndim)
+        return relax.TensorType(
+            None, str(type_.dtype.dtype if hasattr(type_.dtype, "dtype") else type_.dtype), ndim=type_.ndim
+        )
     return type_
 
 
@@ -73,7 +75,12 @@ class Repetition:
     """
 
     def __init__(
-        self, context: FunctionLowering, name: str, trips: Value | None, condition: Value | None, carried: Sequence[Value]
+        self,
+        context: FunctionLowering,
+        name: str,
+        trips: Value | None,
+        condition: Value | None,
+        carried: Sequence[Value],
     ) -> None:
         self.context, self.name = context, name
         self.trips = None if trips is None else _scalar(context, trips, "int64")
@@ -159,9 +166,9 @@ class Repetition:
         start = [level, number, going, *self.carried]
         arguments = [context.var(context.dense(v)) for v in start]
         result = context.builder.emit(relax.Call(grow, [*arguments, *context.hand_over(step.captured)]))
-        shapes = [
-            [d if d is not None else context.fresh_symbol("carried") for d in shape] for shape in step.shapes
-        ] + [[self._stack_extent(), *piece.shape[1:]] for piece in step.pieces]
+        shapes = [[d if d is not None else context.fresh_symbol("carried") for d in shape] for shape in step.shapes] + [
+            [self._stack_extent(), *piece.shape[1:]] for piece in step.pieces
+        ]
         made = []
         for n, (value, shape) in enumerate(zip([*self.carried, *step.pieces], shapes, strict=True)):
             made.append(context.match(relax.TupleGetItem(result, n + 2), shape, value.dtype, f"{self.name}_{n}"))
@@ -226,7 +233,9 @@ class _Functions:
         stop = self._stop()
         twice = self._joined("twice", run, run, first=-1, second=0)
         more = self._joined("more", run, grow, first=0, second=1)
-        self._define(run, lambda going, params: relax.If(going, relax.Call(self._leaf(twice), params), relax.Call(stop, params)))
+        self._define(
+            run, lambda going, params: relax.If(going, relax.Call(self._leaf(twice), params), relax.Call(stop, params))
+        )
         self._define(grow, lambda going, params: relax.If(going, relax.Call(more, params), relax.Call(stop, params)))
         return grow
 
@@ -268,7 +277,9 @@ class _Functions:
         with inner.body() as body:
             own = [inner.receive(t, f"a{n}") for n, t in enumerate(self._own)]
             captured = [*own[1 + self._size :], *inner.hand_over([])]
-            earlier = inner.builder.emit(relax.Call(one, [self._shifted(inner, own[0], first), *own[1:], *captured[-self._tail :]]))
+            earlier = inner.builder.emit(
+                relax.Call(one, [self._shifted(inner, own[0], first), *own[1:], *captured[-self._tail :]])
+            )
             state = [inner.builder.emit(relax.TupleGetItem(earlier, n)) for n in range(self._size)]
             level = self._shifted(inner, own[0], first + second)
             later = inner.builder.emit(relax.Call(other, [level, *state, *captured]))

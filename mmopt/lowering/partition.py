@@ -1,7 +1,7 @@
 """Splits a graph into parts that run natively and parts that onnxruntime runs inside the same artifact.
 
-A trial lowering goes over all nodes and notes those that cannot be lowered; behind such a node it goes on with values of
-the types the model states. The nodes are then put into as few parts as their order allows, and each native part is
+A trial lowering goes over all nodes and notes those that cannot be lowered; behind such a node it goes on with values
+of the types the model states. The nodes are then put into as few parts as their order allows, and each native part is
 lowered into one function.
 """
 
@@ -84,7 +84,12 @@ class _Trial:
     """
 
     def __init__(
-        self, module: Module, name: str, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], builder: ProgramBuilder
+        self,
+        module: Module,
+        name: str,
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
+        builder: ProgramBuilder,
     ) -> None:
         self.reasons: dict[ir.Node, str] = {}
         self._lowering = _lowering(module, name, builder)
@@ -161,7 +166,9 @@ class _Splitter:
         taken = [n for g in groups if not g.native for n in g.nodes if n not in self._reasons]
         if taken:
             kinds = ", ".join(sorted({n.op_type for n in taken}))
-            notes.append(f"{self._entry}: {len(taken)} nodes run with them, not worth native code between them: {kinds}")
+            notes.append(
+                f"{self._entry}: {len(taken)} nodes run with them, not worth native code between them: {kinds}"
+            )
         return notes
 
     def _part(self, group: Group, groups: Sequence[Group], number: int) -> Part:
@@ -263,7 +270,9 @@ class _Splitter:
         """The first node that onnxruntime refuses on its own."""
         for node in nodes:
             try:
-                why = refusal(cut_out(self._module.model, [node], [v for v in node.outputs if v.name], self._trial.values))
+                why = refusal(
+                    cut_out(self._module.model, [node], [v for v in node.outputs if v.name], self._trial.values)
+                )
             except NotCut:
                 continue
             if why:

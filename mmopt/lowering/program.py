@@ -72,7 +72,7 @@ class ProgramBuilder:
         self._functions[name] = function
 
     def module(self) -> tvm.IRModule:
-        """What the entries need of everything collected so far, as one module. The records of other kernels are dropped."""
+        """What the entries need of everything collected, as one module. The records of other kernels are dropped."""
         helpers = dict(self._registry.get().functions)
         needed: dict[GlobalVar, Any] = {}
         pending = list(self._functions.values())

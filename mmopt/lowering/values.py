@@ -152,10 +152,10 @@ class Value:
     @property
     def elements(self) -> np.ndarray | None:
         """Every element as an expression, or ``None`` when they are not followed."""
-        if self._elements is None and self.constant is not None and self.constant.size <= MAX_ELEMENTS:
-            if self.constant.dtype.kind in "iub":
-                flat = [tirx.const(int(v), "int64") for v in self.constant.flat]
-                self._elements = np.array([*flat, None], dtype=object)[:-1].reshape(self.constant.shape)
+        known = self._elements is None and self.constant is not None and self.constant.size <= MAX_ELEMENTS
+        if known and self.constant is not None and self.constant.dtype.kind in "iub":
+            flat = [tirx.const(int(v), "int64") for v in self.constant.flat]
+            self._elements = np.array([*flat, None], dtype=object)[:-1].reshape(self.constant.shape)
         return self._elements
 
     def _materialize(self) -> Tensor:
@@ -175,7 +175,9 @@ def plain_view(blocked: Tensor) -> Map:
     def body(n: Expr, c: Expr, *at: Expr) -> Expr:
         return blocked[(n, tirx.floordiv(c, lanes), *at, tirx.floormod(c, lanes))]
 
-    return Map((blocked.shape[0], simplify(blocked.shape[1] * lanes), *blocked.shape[2:-1]), blocked.dtype, body, "plain")
+    return Map(
+        (blocked.shape[0], simplify(blocked.shape[1] * lanes), *blocked.shape[2:-1]), blocked.dtype, body, "plain"
+    )
 
 
 def _choice(elements: np.ndarray, dtype: str) -> Map:

@@ -92,7 +92,8 @@ class OnnxRuntimeEngine:
 
 def _is_foreign(ort_type: str) -> bool:
     """Whether numpy has no name for an element type that onnxruntime spells like ``tensor(float8e4m3fn)``."""
-    return ort_type.startswith("tensor(") and any(part in ort_type for part in ("bfloat16", "float8", "int4", "float4", "int2"))
+    names = ("bfloat16", "float8", "float4", "int4", "int2")
+    return ort_type.startswith("tensor(") and any(name in ort_type for name in names)
 
 
 def _to_ort(value: Any) -> Any:

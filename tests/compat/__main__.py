@@ -83,7 +83,9 @@ def _again(record: dict[str, Any] | None, pattern: str) -> bool:
 
 def _show(record: dict[str, Any], number: int, count: int, seconds: float) -> None:
     left = seconds / number * (count - number)
-    line = f"[{number}/{count}, {left / 60:.0f} min left] {record['status']:9} {record['name']} {record['seconds']:.1f} s"
+    line = (
+        f"[{number}/{count}, {left / 60:.0f} min left] {record['status']:9} {record['name']} {record['seconds']:.1f} s"
+    )
     if record["status"] in ("wrong", "error", "crashed"):
         line += f": {' '.join(str(record['reason']).split())[:160]}"
     print(line, file=sys.stderr, flush=True)

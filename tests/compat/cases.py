@@ -15,7 +15,9 @@ import onnx
 from onnx import numpy_helper
 
 DATA = pathlib.Path(onnx.__file__).parent / "backend" / "test" / "data"
-RANDOM = frozenset({"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"})
+RANDOM = frozenset(
+    {"Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+)
 """Their values are not defined by the standard: only shapes and dtypes are compared."""
 
 DataSet = tuple[list[Any], list[Any]]
@@ -62,7 +64,9 @@ class Case:
             return "(definitions of the standard)"
         wanted = self.name.removeprefix("test_").replace("_", "").lower()
         named = [op for op in self.operators if wanted.startswith(op.rpartition(".")[2].lower())]
-        return max(named, key=len) if named else self.operators[0] if len(self.operators) == 1 else "(several operators)"
+        return (
+            max(named, key=len) if named else self.operators[0] if len(self.operators) == 1 else "(several operators)"
+        )
 
     @property
     def random(self) -> bool:

@@ -47,7 +47,9 @@ def test_a_sample_of_the_suite(cases: list[Case]) -> None:
 @pytest.mark.slow
 def test_the_whole_suite(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "compat.json"
-    run = subprocess.run([sys.executable, "-m", "tests.compat", "-o", str(output)], cwd=ROOT, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.compat", "-o", str(output)], cwd=ROOT, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout[-5000:]
     assert json.loads(output.read_text())["passed"]
 
@@ -62,7 +64,14 @@ def _work(case: Case) -> dict[str, Any]:
         os.abort()
     if number == 5:
         time.sleep(60)
-    return {"name": case.name, "family": "f", "operators": [], "status": "native", "seconds": 0.0, "process": os.getpid()}
+    return {
+        "name": case.name,
+        "family": "f",
+        "operators": [],
+        "status": "native",
+        "seconds": 0.0,
+        "process": os.getpid(),
+    }
 
 
 def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +86,17 @@ def test_a_crash_and_a_hang_cost_one_case_each(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: pathlib.Path) -> None:
     output = tmp_path / "compat.json"
-    command = [sys.executable, "-m", "tests.compat", "--jobs", "1", "-o", str(output), "--only", "^test_(abs|neg|neg_example)$"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.compat",
+        "--jobs",
+        "1",
+        "-o",
+        str(output),
+        "--only",
+        "^test_(abs|neg|neg_example)$",
+    ]
     first = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert "3 models, 0 known" in first.stderr
     journal = output.with_suffix(".jsonl")
@@ -122,5 +141,12 @@ def test_tables_count() -> None:
 def test_what_fails_the_suite() -> None:
     assert [p for p in failures(RECORDS) if "natively" not in p] == []
     assert any("less than 85%" in p for p in failures(RECORDS))
-    for bad in ({"status": "wrong"}, {"status": "crashed"}, {"status": "error"}, {"status": "refused", "onnxruntime": "right"}):
-        assert any(p.startswith("z: ") for p in failures([*RECORDS, {"name": "z", "family": "Z", "reason": "r", **bad}]))
+    for bad in (
+        {"status": "wrong"},
+        {"status": "crashed"},
+        {"status": "error"},
+        {"status": "refused", "onnxruntime": "right"},
+    ):
+        assert any(
+            p.startswith("z: ") for p in failures([*RECORDS, {"name": "z", "family": "Z", "reason": "r", **bad}])
+        )

@@ -53,7 +53,8 @@ def test_branches_of_different_ranks_take_what_follows_with_them() -> None:
     g (float[N,4] x, bool c) => (float[M] y) {{
       i = Constant<value = int64[1] {{0}}>()
       m = Constant<value = int64[1] {{-1}}>()
-      s = If (c) <then_branch = a () => (p) {{ p = ReduceSum<keepdims=0>(x, i) }}, else_branch = b () => (q) {{ q = Exp(x) }}>
+      s = If (c) <then_branch = a () => (p) {{ p = ReduceSum<keepdims=0>(x, i) }},
+                  else_branch = b () => (q) {{ q = Exp(x) }}>
       t = Tanh(s)
       y = Reshape(t, m)
     }}"""
@@ -158,7 +159,10 @@ def test_scan_backwards_along_other_axes() -> None:
     g (float[K] x, float[K,T] s) => (float[K] y, float[K,T] z) {{
       y, z = Scan <num_scan_inputs = 1, scan_input_axes = [1], scan_input_directions = [1], scan_output_axes = [1],
                    scan_output_directions = [1],
-                   body = a (float[K] v, float[K] e) => (float[K] w, float[K] o) {{ w = Add(v, e)  o = Mul(w, e) }}> (x, s)
+                   body = a (float[K] v, float[K] e) => (float[K] w, float[K] o) {{
+                     w = Add(v, e)
+                     o = Mul(w, e)
+                   }}> (x, s)
     }}"""
     found = compiled(model, {"x": floats(3), "s": floats(3, 17)}, {"x": floats(2), "s": floats(2, 1)})
     assert found.kinds == ["native"]

@@ -21,7 +21,9 @@ def test_values_below_a_byte_are_packed_as_onnx_does(name: str, size: int) -> No
     np.testing.assert_array_equal(_unpack(packed, size, bits).view(array.dtype), array)
 
 
-@pytest.mark.parametrize("name", ["bfloat16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int4", "int2", "uint2"])
+@pytest.mark.parametrize(
+    "name", ["bfloat16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int4", "int2", "uint2"]
+)
 def test_values_pass_through_onnxruntime(name: str) -> None:
     array = np.array([[1, 0, 1], [1, 1, 0]]).astype(getattr(ml_dtypes, name))
     if name == "float8_e8m0fnu":  # it has no zero

@@ -125,7 +125,9 @@ def test_nothing_to_compute() -> None:
 
 
 def test_an_input_with_a_default_is_that_default() -> None:
-    model = onnx.parser.parse_model(f"{HEAD} g (float[N,2] x) => (float[N,2] y) <float[2] k = {{1.0, 2.0}}> {{ y = Add(x, k) }}")
+    model = onnx.parser.parse_model(
+        f"{HEAD} g (float[N,2] x) => (float[N,2] y) <float[2] k = {{1.0, 2.0}}> {{ y = Add(x, k) }}"
+    )
     model.graph.input.append(onnx.helper.make_tensor_value_info("k", onnx.TensorProto.FLOAT, [2]))
     assert compiled(model, {"x": floats(3, 2)}).kinds == ["native"]
 
@@ -214,7 +216,13 @@ def test_random_graphs_are_grouped_in_order() -> None:
 
 def test_a_costly_native_group_is_not_absorbed() -> None:
     graph = graph_of(
-        f"{HEAD} g (float[4,4] x) => (float[4,4] y) {{ a = Sin(x)  b = MatMul(a, a)  c = Sin(b)  d = Shape(c)  y = Reshape(c, d) }}"
+        f"""{HEAD} g (float[4,4] x) => (float[4,4] y) {{
+          a = Sin(x)
+          b = MatMul(a, a)
+          c = Sin(b)
+          d = Shape(c)
+          y = Reshape(c, d)
+        }}"""
     )
     groups = absorbed(grouped(graph, {n for n in graph if n.op_type == "Sin"}), graph)
     assert [[n.op_type for n in g.nodes] for g in groups] == [["Sin"], ["MatMul"], ["Sin", "Shape", "Reshape"]]
@@ -253,7 +261,7 @@ def test_an_absent_input_is_absent_in_the_body() -> None:
     node = _node(f"{HEAD} g (float[2,3] x) => (float y) {{ y = ReduceL1<keepdims = 0>(x) }}")
     body = standard_body(node, 18)
     assert body is not None
-    reduce = [n for n in body if n.op_type == "ReduceSum"][0]
+    reduce = next(n for n in body if n.op_type == "ReduceSum")
     assert [v is None for v in reduce.inputs] == [False, True]
     assert reduce.attributes["keepdims"].as_int() == 0
 

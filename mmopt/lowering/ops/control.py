@@ -63,7 +63,9 @@ def _continue(node: OpNode, rest: list[ir.Node], outputs: Sequence[ir.Value]) ->
             for formal, value in zip(node.node.outputs, results, strict=True):
                 node.context.set_value(formal, value)
             return False
-    for formal, value in zip(wanted, _select(node, node.input(0), found["then_branch"], found["else_branch"]), strict=True):
+    for formal, value in zip(
+        wanted, _select(node, node.input(0), found["then_branch"], found["else_branch"]), strict=True
+    ):
         node.context.set_value(formal, value)
     return True
 
@@ -89,7 +91,9 @@ def _insist(node: OpNode, holds: bool) -> None:
     if flag.elements is None:
         tensor = context.tensor(flag)
         flag = Value(Map((1,), "int64", lambda i: tensor[i].astype("int64"), "condition"))
-    shape = context.builder.emit(relax.ShapeExpr([d.astype("int64") for d in context.runtime_extents(flag, "condition")]))
+    shape = context.builder.emit(
+        relax.ShapeExpr([d.astype("int64") for d in context.runtime_extents(flag, "condition")])
+    )
     context.builder.match_cast(shape, relax.ShapeType([tirx.const(int(holds), "int64")]))
 
 
