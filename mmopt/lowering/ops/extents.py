@@ -75,6 +75,11 @@ def integers(node: OpNode, value: Value, hint: str) -> Integers:
     return Integers([size - _SHIFT for size in sizes], data=True)
 
 
+def scalar(node: OpNode, value: Value) -> Value:
+    """A value of one element without its axes."""
+    return node.context.reshape(value, []) if value.ndim else value
+
+
 def optional_integers(node: OpNode, position: int, attribute: str) -> Integers | None:
     """Integers given as an attribute (older opsets) or as an input; ``None`` when absent."""
     value = node.optional(position)

@@ -11,7 +11,7 @@ from mmopt.backends.compute import Map
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.casting import cast_expr
 from mmopt.lowering.ops.elementwise import is_float
-from mmopt.lowering.ops.extents import choose, i64, integers, known, named, settled
+from mmopt.lowering.ops.extents import choose, i64, integers, known, named, scalar, settled
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import MAX_ELEMENTS, Value, dtype_name, from_elements
 
@@ -19,7 +19,7 @@ from mmopt.lowering.values import MAX_ELEMENTS, Value, dtype_name, from_elements
 @lowers("Range")
 def range_(node: OpNode) -> Value:
     """``start``, ``start + delta``, … below ``limit``."""
-    start, limit, delta = (node.input(n) for n in range(3))
+    start, limit, delta = (scalar(node, node.input(n)) for n in range(3))
     if all(v.constant is not None for v in (start, limit, delta)):
         numbers = [v.constant.reshape(-1)[0] for v in (start, limit, delta)]  # type: ignore[union-attr]
         count = max(0, int(np.ceil((float(numbers[1]) - float(numbers[0])) / float(numbers[2]))))

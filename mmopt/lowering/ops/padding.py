@@ -11,7 +11,7 @@ from tvm.ir import Expr
 from mmopt.backends.compute import Map, Tensor
 from mmopt.backends.cpu.kernels.pad import Pad
 from mmopt.backends.expressions import simplify
-from mmopt.lowering.ops.extents import choose, constant_axes, i64, integers, is_axis, known, named, optional_integers, settled
+from mmopt.lowering.ops.extents import choose, constant_axes, i64, integers, is_axis, known, named, optional_integers, scalar, settled
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
 
@@ -77,8 +77,7 @@ def _fill(node: OpNode, dtype: str) -> Tensor | Expr:
         return tirx.const(node.attr("value", 0), dtype)
     if value.constant is not None and dtype != "bfloat16":
         return tirx.const(np.asarray(value.constant).reshape(-1)[0].item(), dtype)
-    flat = node.context.reshape(value, []) if value.ndim else value
-    return node.context.tensor(flat)
+    return node.context.tensor(scalar(node, value))
 
 
 def _edge(position: Expr, extent: Expr) -> Expr:

@@ -13,7 +13,7 @@ from mmopt.backends.cpu.kernels.suppress import Limits, Suppress
 from mmopt.backends.cpu.loops import product, split_index
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import truth
-from mmopt.lowering.ops.extents import Integers, axis_attr, i64, integers, named, settled
+from mmopt.lowering.ops.extents import Integers, axis_attr, i64, integers, named, scalar, settled
 from mmopt.lowering.ops.movement import transposed
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import Value
@@ -223,5 +223,4 @@ def _scalar(node: OpNode, position: int) -> Tensor | None:
     value = node.optional(position)
     if value is None:
         return None
-    flat = node.context.reshape(value, []) if value.ndim else value
-    return node.context.tensor(flat)
+    return node.context.tensor(scalar(node, value))

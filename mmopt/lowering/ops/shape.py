@@ -15,6 +15,7 @@ from mmopt.lowering.ops.extents import (
     Integers,
     choose,
     constant_axes,
+    declared,
     i64,
     integers,
     known,
@@ -101,9 +102,11 @@ def squeeze(node: OpNode) -> Value:
     data = node.input(0)
     axes = optional_integers(node, 1, "axes")
     if axes is None:
-        if any(known(d) is None for d in data.shape):
+        wide = [d for d in data.shape if known(d) != 1]
+        stated = declared(node)
+        if any(known(d) is None for d in wide) and (stated is None or len(stated) != len(wide)):
             raise NotLowered("which axes are one is only known at run time")
-        return node.context.reshape(data, [d for d in data.shape if known(d) != 1])
+        return node.context.reshape(data, wide)
     if axes.constants is None:
         return node.context.reshape(data, named(node, without_axes(data.shape, axes.items), "squeeze"))
     dropped = set(constant_axes(axes.constants, data.ndim))
