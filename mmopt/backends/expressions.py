@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tvm import sym, tirx
 from tvm.ir import Call, Expr, is_prim_expr
@@ -11,6 +11,9 @@ CALL_COST = 8
 """Cost of a transcendental call in units of one arithmetic operation."""
 
 _FREE_CALLS = frozenset({"tirx.if_then_else", "tirx.reinterpret", "tirx.likely"})
+
+_POLYNOMIALS = frozenset({"tirx.exp", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "tirx.log"})
+"""Calls that become polynomials with bound variables; see ``mmopt.backends.cpu.intrinsics``."""
 
 
 def parts(expression: Expr) -> Iterator[Expr]:
@@ -27,32 +30,70 @@ def parts(expression: Expr) -> Iterator[Expr]:
         yield from (expression.a, expression.b)
 
 
-def variables(expression: Expr) -> set[Expr]:
-    """All variables that occur in ``expression``."""
-    found: set[Expr] = set()
+def nodes(expression: Expr) -> Iterator[Expr]:
+    """Every operation and leaf of ``expression`` once, however often it is used."""
+    seen = {expression}
     pending = [expression]
     while pending:
         current = pending.pop()
-        if isinstance(current, tirx.Var):
-            found.add(current)
-        else:
-            pending.extend(parts(current))
-    return found
+        yield current
+        fresh = [operand for operand in parts(current) if operand not in seen]
+        seen.update(fresh)
+        pending.extend(fresh)
+
+
+def variables(expression: Expr) -> set[Expr]:
+    """All variables that occur in ``expression``."""
+    return {node for node in nodes(expression) if isinstance(node, tirx.Var)}
 
 
 def cost(expression: Expr) -> int:
-    """Rough arithmetic operations of one evaluation; casts and reads are free."""
+    """Rough arithmetic operations of one evaluation, shared values computed once; casts and reads are free."""
     total = 0
-    pending = [expression]
-    while pending:
-        current = pending.pop()
+    for current in nodes(expression):
         operands = list(parts(current))
-        pending.extend(operands)
         if isinstance(current, Call):
             total += 1 if str(current.op.name) in _FREE_CALLS else CALL_COST
         elif operands and not isinstance(current, tirx.Cast):
             total += 1
     return total
+
+
+def untangled(expression: Expr, keep: Callable[[Expr], Expr]) -> Expr:
+    """``expression`` with ``keep`` applied to each argument of a polynomial function that contains another one.
+
+    Code generation takes exponential time on such functions inside each other. What stands under a condition stays as
+    it is, for it may be legal to compute there only.
+    """
+    done: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in done:
+            done[node] = _with_parts(node, [visit(p) for p in parts(node)], keep)
+        return done[node]
+
+    nested = any(_is_polynomial(node) and any(map(_has_polynomial, parts(node))) for node in nodes(expression))
+    return visit(expression) if nested else expression
+
+
+def _with_parts(node: Expr, operands: list[Expr], keep: Callable[[Expr], Expr]) -> Expr:
+    if isinstance(node, Call):
+        if str(node.op.name) == "tirx.if_then_else" or len(operands) != len(node.args):
+            return node
+        if _is_polynomial(node):
+            operands = [keep(o) if _has_polynomial(o) else o for o in operands]
+        return Call(node.op, operands, node.attrs, node.ty_args, node.span, node.ty)
+    if isinstance(node, tirx.Cast):
+        return operands[0].astype(str(node.ty))
+    return type(node)(*operands) if operands else node
+
+
+def _is_polynomial(node: Expr) -> bool:
+    return isinstance(node, Call) and str(node.op.name) in _POLYNOMIALS
+
+
+def _has_polynomial(expression: Expr) -> bool:
+    return any(map(_is_polynomial, nodes(expression)))
 
 
 def strides(offset: Expr, axes: Sequence[Expr]) -> list[Expr | None]:

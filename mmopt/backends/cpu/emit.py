@@ -21,7 +21,7 @@ from mmopt.backends.cpu.collapse import collapse, expand
 from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import Planner, trace
 from mmopt.backends.cpu.reduce import emit_reduction
-from mmopt.backends.expressions import itemsize, same, simplify, variables
+from mmopt.backends.expressions import itemsize, same, simplify, untangled, variables
 from mmopt.backends.profile import Profile
 
 PARALLEL_WORK = 32768
@@ -113,12 +113,25 @@ class KernelEmitter:
         key = (id(tensor), tuple(structural_hash(i) for i in indices))
         if key in scope.known:
             return scope.known[key]
-        value = tensor.body(*indices)
+        value = self.untangled(tensor.body(*indices))
         if scope.bind and not isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
             statement, value = keep(value, tensor.name)
             scope.binds.append(statement)
         scope.known[key] = value
         return value
+
+    def untangled(self, value: Expr) -> Expr:
+        """``value`` in a form that code generation is quick with; parts of it may be computed beforehand."""
+        scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
+        if not scope.bind:
+            return value
+
+        def before(part: Expr) -> Expr:
+            statement, kept = keep(part, "inner")
+            scope.binds.append(statement)
+            return kept
+
+        return untangled(value, before)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -233,7 +246,7 @@ class KernelEmitter:
         return consume
 
     def _store(self, stage: Map, indices: tuple[Expr, ...]) -> Stmt:
-        return self.places[stage].store(indices, stage.body(*indices))
+        return self.places[stage].store(indices, self.untangled(stage.body(*indices)))
 
     def work(self, stage: Map | Reduction) -> int | None:
         """Operations of a stage when its size is constant."""
@@ -280,9 +293,8 @@ class KernelEmitter:
         kind = self._kind(i64(2), work)
         known = static(rows)
         if kind == "serial" or (known is None or known >= 8):
-            return loop(
-                rows, lambda flat: self.vector(inner, lanes, _at(store, split_index(flat, outer))), self._kind(rows, work)
-            )
+            row = lambda flat: self.vector(inner, lanes, _at(store, split_index(flat, outer)))  # noqa: E731
+            return loop(rows, row, self._kind(rows, work))
         size = static(inner)
         piece = CHUNK if size is None or size >= 4 * CHUNK else max(lanes, -(-size // (4 * lanes)) * lanes)
         pieces = simplify(tirx.floordiv(inner + (piece - 1), i64(piece)))

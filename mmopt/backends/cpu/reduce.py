@@ -60,8 +60,9 @@ class _Shape:
     counts: list[Expr]
     extents: tuple[Expr, ...]
 
-    def body(self, point: tuple[Expr, ...], at: Sequence[Expr]) -> tuple[Expr, ...]:
-        return self.stage.body(*point, *expand(at, self.groups, self.extents))
+    def body(self, kernel: KernelEmitter, point: tuple[Expr, ...], at: Sequence[Expr]) -> tuple[Expr, ...]:
+        state = self.stage.body(*point, *expand(at, self.groups, self.extents))
+        return tuple(map(kernel.untangled, state))
 
 
 def _directions(shape: _Shape, depth: int, lanes: int) -> tuple[bool, bool]:
@@ -69,7 +70,8 @@ def _directions(shape: _Shape, depth: int, lanes: int) -> tuple[bool, bool]:
     ndim = len(shape.stage.shape)
 
     def unit(axis: int) -> tuple[bool, bool]:
-        steps = [static(s) if s is not None else None for r in shape.inside.reads for s in strides(r.offset, [shape.inside.axes[axis]])]
+        found = (strides(r.offset, [shape.inside.axes[axis]])[0] for r in shape.inside.reads)
+        steps = [None if step is None else static(step) for step in found]
         return all(s in (0, 1) for s in steps), any(s == 1 for s in steps)
 
     def long(extent: Expr) -> bool:
@@ -117,9 +119,10 @@ def _scalar(kernel: KernelEmitter, shape: _Shape, point: tuple[Expr, ...]) -> St
     state = _State(shape.stage, 1)
 
     def step(*at: Expr) -> Stmt:
-        return kernel.point(lambda: state.merge(i64(0), shape.body(point, at)))
+        return kernel.point(lambda: state.merge(i64(0), shape.body(kernel, point, at)))
 
-    return seq(state.allocate(), state.clear(), loops(shape.counts, step, "k"), _finish(kernel, shape.stage, point, state.get(i64(0))))
+    done = _finish(kernel, shape.stage, point, state.get(i64(0)))
+    return seq(state.allocate(), state.clear(), loops(shape.counts, step, "k"), done)
 
 
 def _reduced_lanes(kernel: KernelEmitter, shape: _Shape, point: tuple[Expr, ...], lanes: int) -> Stmt:
@@ -131,7 +134,7 @@ def _reduced_lanes(kernel: KernelEmitter, shape: _Shape, point: tuple[Expr, ...]
     rest = simplify(tirx.floormod(inner, i64(width)))
 
     def step(lane: Expr, *at: Expr) -> Stmt:
-        return kernel.point(lambda: state.merge(lane, shape.body(point, at)))
+        return kernel.point(lambda: state.merge(lane, shape.body(kernel, point, at)))
 
     def row(*at: Expr) -> Stmt:
         main = loop(blocks, lambda b: loop(width, lambda v: step(v, *at, b * width + v), "vectorized", "v"), name="k")
@@ -170,7 +173,7 @@ def _output_lanes(kernel: KernelEmitter, shape: _Shape, at: tuple[Expr, ...], ex
             return loop(count, lambda v: body(v, (*outer, start + v)), kind, "v")
 
         def step(*reduced: Expr) -> Stmt:
-            return each(lambda v, point: kernel.point(lambda: state.merge(v, shape.body(point, reduced))))
+            return each(lambda v, point: kernel.point(lambda: state.merge(v, shape.body(kernel, point, reduced))))
 
         done = each(lambda v, point: _finish(kernel, shape.stage, point, state.get(v)))
         return seq(state.allocate(), state.clear(), loops(shape.counts, step, "k"), done)
