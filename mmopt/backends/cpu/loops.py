@@ -63,6 +63,9 @@ def keep(value: Expr, name: str) -> tuple[Stmt, Expr]:
     takes exponential time on chains of transcendental functions.
     """
     dtype = str(value.ty)
+    if dtype == "bool":
+        statement, byte = keep(value.astype("uint8"), name)
+        return statement, tirx.NE(byte, tirx.const(0, "uint8"))
     inside = _VECTOR.get()
     if inside is None:
         buffer = tirx.decl_buffer((i64(1),), dtype, name)
