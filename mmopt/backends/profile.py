@@ -154,8 +154,12 @@ def native_profile() -> Profile:
             hint="describe it in a TOML file and pass that as --target",
         )
     best = max(fitting, key=lambda p: len(p.features))
-    cache = {"l1_bytes": _cache_bytes(1) or best.l1_bytes, "l2_bytes": _cache_bytes(2) or best.l2_bytes}
-    return dataclasses.replace(best, cores=max(1, len(allowed_cpus())), **cache)
+    return dataclasses.replace(
+        best,
+        cores=max(1, len(allowed_cpus())),
+        l1_bytes=_cache_bytes(1) or best.l1_bytes,
+        l2_bytes=_cache_bytes(2) or best.l2_bytes,
+    )
 
 
 def _cache_bytes(level: int) -> int | None:

@@ -15,7 +15,12 @@ from mmopt.errors import BackendError
 
 def target_of(profile: Profile) -> tvm.target.Target:
     """TVM's form of a CPU profile."""
-    spec: dict[str, object] = {"kind": "llvm", "mtriple": profile.triple, "mcpu": profile.mcpu, "num-cores": profile.cores}
+    spec: dict[str, object] = {
+        "kind": "llvm",
+        "mtriple": profile.triple,
+        "mcpu": profile.mcpu,
+        "num-cores": profile.cores,
+    }
     if profile.llvm_features:
         spec["mattr"] = list(profile.llvm_features)
     return tvm.target.Target(spec)
