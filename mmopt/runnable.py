@@ -110,9 +110,9 @@ def as_runnable(
             return ArtifactRunnable(load_artifact(path, threads), label)
     if isinstance(source, Module):
         return ModelRunnable(source, label or "model", threads=threads or 0, seed=seed)
-    from mmopt.api import load
+    from mmopt.loading import load_source
 
-    module = load(source, trust_code=trust_code)
+    module = load_source(source, trust_code=trust_code)
     return ModelRunnable(module, label or type(source).__name__, threads=threads or 0, seed=seed)
 
 
