@@ -30,9 +30,7 @@ follows, carried values and then what the trip puts out). ``None`` for a conditi
 def opaque(type_: relax.Type) -> relax.Type:
     """A type without extents: what a function accepts that only hands a value on."""
     if isinstance(type_, relax.TensorType):
-        return relax.TensorType(
-            None, str(type_.dtype.dtype if hasattr(type_.dtype, "dtype") else type_.dtype), ndim=type_.ndim
-        )
+        return relax.TensorType(None, str(type_.dtype), ndim=type_.ndim)
     return type_
 
 

@@ -20,7 +20,7 @@ from mmopt.errors import UnsupportedError
 from mmopt.ir.module import Module, save_model
 from mmopt.lowering.excerpt import NotCut, cut_out, refusal
 from mmopt.lowering.function import FunctionLowering
-from mmopt.lowering.grouping import Group, absorbed, grouped
+from mmopt.lowering.grouping import Group, absorbed, grouped, reads
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.values import ConstantSource, NotLowered, Value, identifier
 
@@ -172,7 +172,7 @@ class _Splitter:
         return notes
 
     def _part(self, group: Group, groups: Sequence[Group], number: int) -> Part:
-        outside = {v for g in groups if g is not group for n in g.nodes for v in _uses(n)} | set(self._outputs)
+        outside = {v for g in groups if g is not group for n in g.nodes for v in reads(n)} | set(self._outputs)
         made = [v for n in group.nodes for v in n.outputs if v in outside]
         made += self._unmade() if number == 0 else []
         return self._native(group.nodes, made, number) if group.native else self._foreign(group.nodes, made, number)
@@ -213,7 +213,7 @@ class _Splitter:
 
         Sizes that a kernel has to know at compile time would be mere data behind the border of a part.
         """
-        wanted, pending = set(nodes), [v for n in nodes for v in _uses(n)] + list(outputs)
+        wanted, pending = set(nodes), [v for n in nodes for v in reads(n)] + list(outputs)
         inputs: dict[ir.Value, None] = {}
         while pending:
             value = pending.pop()
@@ -222,7 +222,7 @@ class _Splitter:
                 continue
             if producer is not None and producer not in self._reasons and self._followed(producer):
                 wanted.add(producer)
-                pending.extend(_uses(producer))
+                pending.extend(reads(producer))
             else:
                 inputs[value] = None
         order = [n for n in self._module.graph if n in wanted]
@@ -296,12 +296,6 @@ def _without_params(function: Any) -> Any:
     none = relax.BindingBlock([relax.VarBinding(weights, relax.Tuple([]))])
     body = relax.SeqExpr([none, *function.body.blocks], function.body.body)
     return relax.Function(params, body, function.ret_ty, function.is_pure, function.attrs)
-
-
-def _uses(node: ir.Node) -> list[ir.Value]:
-    from mmopt.lowering.grouping import reads
-
-    return reads(node)
 
 
 def _constant(value: ir.Value) -> bool:

@@ -8,6 +8,7 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any
 
+from mmopt.lowering.function import FAILED
 from tests.compat.judge import CRASHED, ERROR, FALLBACK, NATIVE, PARTLY, REFUSED, RIGHT, STATUSES, WRONG
 
 NATIVE_SHARE = 0.85
@@ -40,6 +41,7 @@ def failures(records: Sequence[Record]) -> list[str]:
         for r in records
         if r["status"] == REFUSED and r.get("onnxruntime") == "right"
     ]
+    problems += [f"{r['name']}: {note}" for r in records for note in r.get("notes", ()) if FAILED in note]
     native = sum(r["status"] == NATIVE for r in records)
     if native < NATIVE_SHARE * len(records):
         problems.append(f"{native} of {len(records)} models run natively, less than {NATIVE_SHARE:.0%}")
