@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 from tvm import tirx
-from tvm.ir import Expr
+from tvm.ir import Call, Expr, TensorLoad
 from tvm.tirx import Stmt
 from tvm_ffi import structural_hash
 
@@ -63,10 +63,28 @@ class Place:
 
     def load(self, indices: tuple[Expr, ...]) -> Expr:
         value = tirx.BufferLoad(self.buffer, self._within(indices))
+        if str(self.buffer.dtype) == "bool":  # LLVM gets a vector of bytes, which does not go with compared values
+            return tirx.NE(value.astype("int8"), tirx.const(0, "int8"))
         return value.astype("bool") if self.flags else value
 
     def store(self, indices: tuple[Expr, ...], value: Expr) -> Stmt:
-        return tirx.BufferStore(self.buffer, value.astype("int8") if self.flags else value, self._within(indices))
+        if self.flags:
+            value = value.astype("int8")
+        elif self.buffer.dtype == "bfloat16" and _uniform(value, indices):
+            nothing = tirx.bitwise_and(indices[-1], i64(0)).astype("float32")
+            value = (value.astype("float32") - nothing).astype("bfloat16")
+        return tirx.BufferStore(self.buffer, value, self._within(indices))
+
+
+def _uniform(value: Expr, indices: Sequence[Expr]) -> bool:
+    """Whether ``value`` may be the same for all lanes of a store, in bfloat16: TVM cannot store such a vector, so the
+    lanes must seem to differ."""
+    if not indices:
+        return False
+    if isinstance(value, TensorLoad):
+        walked = variables(indices[-1])
+        return not any(walked & variables(i) for i in value.indices)
+    return isinstance(value, tirx.FloatImm | tirx.Var | Call)
 
 
 class _Scope:

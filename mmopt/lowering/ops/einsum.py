@@ -103,7 +103,9 @@ def _is_matrix_product(equation: Equation, values: Sequence[Value]) -> bool:
     if len(set(a)) != len(a) or len(set(b)) != len(b) or not equation.summed:
         return False
     full = all(
-        same(e, equation.extents[c]) for o, v in zip((a, b), values, strict=True) for c, e in zip(o, v.shape, strict=True)
+        same(e, equation.extents[c])
+        for o, v in zip((a, b), values, strict=True)
+        for c, e in zip(o, v.shape, strict=True)
     )
     return full and all(c in a and c in b for c in equation.summed)
 
@@ -144,5 +146,3 @@ def determinant(node: OpNode) -> Value:
     done = Value(Determinant(stack.tensor, accumulator(data.dtype)).output, name=node.name)
     node.context.realize([done], "det")
     return node.context.reshape(done, outer)
-
-

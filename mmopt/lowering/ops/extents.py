@@ -15,9 +15,8 @@ from mmopt.backends.expressions import same, simplify
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import NotLowered, Value
 
-
 _SHIFT = 1 << 40
-"""Added to integers read at run time: TVM takes every size variable to be non-negative. Larger numbers are cut to it."""
+"""Added to integers read at run time: TVM takes every size variable to be non-negative. Larger ones are cut."""
 
 
 def i64(value: int | Expr) -> Expr:
@@ -129,11 +128,13 @@ def named(node: OpNode, extents: Sequence[Expr], hint: str, stated: Sequence[int
     values = [simplify(e) for e in extents]
     plain = _stated(node, values, stated)
     fresh = [isinstance(p, tirx.IntImm | tirx.Var) for p in plain]
-    return _bind(node, values, [p if keep else node.context.fresh_symbol(hint) for p, keep in zip(plain, fresh, strict=True)])
+    return _bind(
+        node, values, [p if keep else node.context.fresh_symbol(hint) for p, keep in zip(plain, fresh, strict=True)]
+    )
 
 
 def settled(node: OpNode, extents: Sequence[Expr]) -> list[Expr]:
-    """``extents``, with the integers the model states for the output (checked at run time) where an expression remains."""
+    """``extents``, with what the model states for the output (checked at run time) where an expression remains."""
     values = [simplify(e) for e in extents]
     return _bind(node, values, _stated(node, values, None))
 

@@ -68,8 +68,8 @@ def concat(node: OpNode) -> Value:
 
 def joined(node: OpNode, values: Sequence[Value], axis: int) -> Value:
     """``values`` one after another along ``axis``."""
-    if all(v.elements is not None for v in values) and sum(v.elements.size for v in values) <= MAX_ELEMENTS:  # type: ignore[union-attr]
-        parts = [v.elements for v in values if v.elements is not None]
+    parts = [v.elements for v in values if v.elements is not None]
+    if len(parts) == len(values) and sum(p.size for p in parts) <= MAX_ELEMENTS:
         return from_elements(np.concatenate(parts, axis=axis), values[0].dtype)
     filled = [v for v in values if known(v.shape[axis]) != 0] or [values[0]]
     if len(filled) == 1:
@@ -148,13 +148,17 @@ def slice_(node: OpNode) -> Value:
     return piece(node, data, _with_extents(node, data, parts, data_dependent))
 
 
-def _with_extents(node: OpNode, data: Value, parts: dict[int, tuple[Expr, Expr, Expr]], computed: bool) -> dict[int, tuple[Expr, Expr, Expr]]:
+def _with_extents(
+    node: OpNode, data: Value, parts: dict[int, tuple[Expr, Expr, Expr]], computed: bool
+) -> dict[int, tuple[Expr, Expr, Expr]]:
     extents = [parts[d][2] if d in parts else e for d, e in enumerate(data.shape)]
     extents = named(node, extents, "slice") if computed else settled(node, extents)
     return {d: (start, step, extents[d]) for d, (start, step, _) in parts.items()}
 
 
-def _slice_axes_at_run_time(node: OpNode, data: Value, starts: Integers, ends: Integers, axes: Integers, steps: Integers) -> Value:
+def _slice_axes_at_run_time(
+    node: OpNode, data: Value, starts: Integers, ends: Integers, axes: Integers, steps: Integers
+) -> Value:
     parts: dict[int, tuple[Expr, Expr, Expr]] = {}
     for d, extent in enumerate(data.shape):
         start, end, step = i64(0), extent, i64(1)

@@ -70,7 +70,10 @@ def log_softmax(node: OpNode) -> Value:
     data = node.input(0)
     axes, wide = _softmax_axes(node, data.ndim), accumulator(data.dtype)
     top = over(node, data, axes, Rule(LARGEST), keep=True, dtype=wide)
-    moved = lambda *at: data.tensor[at].astype(wide) - top.tensor[rows(at, axes)]  # noqa: E731
+
+    def moved(*at: Expr) -> Expr:
+        return data.tensor[at].astype(wide) - top.tensor[rows(at, axes)]
+
     parts = Value(Map(data.shape, wide, lambda *at: tirx.exp(moved(*at)), "exp"))
     total = over(node, parts, axes, Rule(SUM, after=lambda x, count: tirx.log(x)), keep=True)
     body = lambda *at: (moved(*at) - total.tensor[rows(at, axes)]).astype(data.dtype)  # noqa: E731
@@ -136,7 +139,7 @@ def _affine(x: Expr, scale: Expr | None, bias: Expr | None) -> Expr:
 
 @lowers("LayerNormalization")
 def layer_normalization(node: OpNode) -> list[Value]:
-    """``(x - mean) / sqrt(variance + epsilon) · scale + bias`` over the axes from ``axis`` on; mean and 1/deviation too."""
+    """``(x - mean) / sqrt(variance + epsilon) · scale + bias`` from ``axis`` on, the mean and 1/deviation."""
     data, scale, bias = node.input(0), node.optional(1), node.optional(2)
     axes = list(range(axis_attr(node, data.ndim, -1), data.ndim))
     wide = _stash_dtype(node, data.dtype)
@@ -249,7 +252,10 @@ def _folded(node: OpNode, values: Sequence[Value], epsilon: float, wide: str) ->
         scale, bias, mean, variance = (np.asarray(a, dtype="float64") for a in arrays)
         factor = scale / np.sqrt(variance + epsilon)
         offset = bias - mean * factor
-        return tuple(node.context.constant(a.astype(wide), f"{node.name}_{k}") for k, a in (("factor", factor), ("offset", offset)))  # type: ignore[return-value]
+        return tuple(
+            node.context.constant(a.astype(wide), f"{node.name}_{k}")
+            for k, a in (("factor", factor), ("offset", offset))
+        )  # type: ignore[return-value]
     for value in values:
         node.context.tensor(value)
     scale_, bias_, mean_, variance_ = values
@@ -290,7 +296,9 @@ def mean_variance_normalization(node: OpNode) -> Value:
 
     def body(*at: Expr) -> Expr:
         spread = tirx.sqrt(variance.tensor[rows(at, axes)])
-        return ((data.tensor[at].astype(wide) - mean.tensor[rows(at, axes)]) / (spread + like(spread, 1e-9))).astype(data.dtype)
+        return ((data.tensor[at].astype(wide) - mean.tensor[rows(at, axes)]) / (spread + like(spread, 1e-9))).astype(
+            data.dtype
+        )
 
     return Value(Map(data.shape, data.dtype, body, "normalize"), name=node.name)
 
@@ -341,6 +349,9 @@ def local_response_normalization(node: OpNode) -> Value:
 
     def body(*at: Expr) -> Expr:
         total = around.tensor[at]
-        return (data.tensor[at].astype(wide) / tirx.pow(like(total, bias) + like(total, alpha / size) * total, like(total, beta))).astype(data.dtype)
+        return (
+            data.tensor[at].astype(wide)
+            / tirx.pow(like(total, bias) + like(total, alpha / size) * total, like(total, beta))
+        ).astype(data.dtype)
 
     return Value(Map(data.shape, data.dtype, body, "lrn"), name=node.name)

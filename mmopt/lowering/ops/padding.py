@@ -11,7 +11,18 @@ from tvm.ir import Expr
 from mmopt.backends.compute import Map, Tensor
 from mmopt.backends.cpu.kernels.pad import Pad
 from mmopt.backends.expressions import simplify
-from mmopt.lowering.ops.extents import choose, constant_axes, i64, integers, is_axis, known, named, optional_integers, scalar, settled
+from mmopt.lowering.ops.extents import (
+    choose,
+    constant_axes,
+    i64,
+    integers,
+    is_axis,
+    known,
+    named,
+    optional_integers,
+    scalar,
+    settled,
+)
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
 
@@ -75,7 +86,7 @@ def _fill(node: OpNode, dtype: str) -> Tensor | Expr:
     value = node.optional(2)
     if value is None:
         return tirx.const(node.attr("value", 0), dtype)
-    if value.constant is not None and dtype != "bfloat16":
+    if value.constant is not None:
         return tirx.const(np.asarray(value.constant).reshape(-1)[0].item(), dtype)
     return node.context.tensor(scalar(node, value))
 

@@ -34,7 +34,10 @@ def windows_of(node: OpNode, space: Sequence[Expr], filters: tuple[int, ...] | N
     mode = node.attr("auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
         out = [simplify(tirx.floordiv(n + (s - 1), i64(s))) for n, s in zip(space, strides, strict=True)]
-        lack = [simplify(tirx.max((o - 1) * s + r - n, i64(0))) for o, s, r, n in zip(out, strides, reach, space, strict=True)]
+        lack = [
+            simplify(tirx.max((o - 1) * s + r - n, i64(0)))
+            for o, s, r, n in zip(out, strides, reach, space, strict=True)
+        ]
         less = [simplify(tirx.floordiv(e, i64(2))) for e in lack]
         more = [simplify(e - h) for e, h in zip(lack, less, strict=True)]
         before, after = (less, more) if mode == "SAME_UPPER" else (more, less)
@@ -121,7 +124,9 @@ def _pooled_blocks(
     return Value.in_blocks(done, node.name)
 
 
-def placed(windows: Windows, shape: Sequence[Expr], at: Sequence[Expr], steps: Sequence[Expr]) -> tuple[Expr, tuple[Expr, ...]]:
+def placed(
+    windows: Windows, shape: Sequence[Expr], at: Sequence[Expr], steps: Sequence[Expr]
+) -> tuple[Expr, tuple[Expr, ...]]:
     """Whether an element of a window lies in the input, and the nearest one that does."""
     positions = [windows.position(d, at[2 + d], k) for d, k in enumerate(steps)]
     tests = [t for p, e in zip(positions, shape[2:], strict=True) for t in (p >= i64(0), p < e)]
@@ -211,8 +216,11 @@ def _norm(p: int) -> tuple[Callable[[Expr], Expr], Callable[[Expr], Expr]]:
         return tirx.abs, lambda x: x
     if p == 2:
         return lambda x: x * x, tirx.sqrt
-    exponent = lambda x, e: tirx.pow(x, tirx.const(e, str(x.ty)))  # noqa: E731
-    return lambda x: exponent(tirx.abs(x), float(p)), lambda x: exponent(x, 1.0 / p)
+    return lambda x: _raised(tirx.abs(x), float(p)), lambda x: _raised(x, 1.0 / p)
+
+
+def _raised(x: Expr, exponent: float) -> Expr:
+    return tirx.pow(x, tirx.const(exponent, str(x.ty)))
 
 
 @lowers("GlobalMaxPool", "GlobalAveragePool", "GlobalLpPool")

@@ -78,7 +78,11 @@ def dequantize_linear(node: OpNode) -> Value:
         x = data.tensor[at]
         if offset is None:
             return (x.astype(wide) * step(at).astype(wide)).astype(dtype)
-        difference = x.astype("int64") - offset(at).astype("int64") if data.dtype == "int32" else x.astype("int32") - offset(at).astype("int32")
+        difference = (
+            x.astype("int64") - offset(at).astype("int64")
+            if data.dtype == "int32"
+            else x.astype("int32") - offset(at).astype("int32")
+        )
         return (difference.astype(wide) * step(at).astype(wide)).astype(dtype)
 
     return Value(Map(data.shape, dtype, body, "dequantize"), name=node.name)
@@ -100,7 +104,9 @@ def dynamic_quantize_linear(node: OpNode) -> list[Value]:
         return tirx.Select(tirx.EQ(width, zero), tirx.const(1.0, data.dtype), width)
 
     scale = Value(Map([], data.dtype, lambda: (high.tensor[()] - low.tensor[()]) / levels, "scale"), name=node.name)
-    offset = Value(Map([], "uint8", lambda: saturated(tirx.nearbyint(zero - low.tensor[()] / step()), "uint8"), "zero_point"))
+    offset = Value(
+        Map([], "uint8", lambda: saturated(tirx.nearbyint(zero - low.tensor[()] / step()), "uint8"), "zero_point")
+    )
     node.context.realize([scale, offset], "parameters")
 
     def body(*at: Expr) -> Expr:
@@ -223,4 +229,3 @@ def qlinear_conv(node: OpNode) -> Value:
         return saturated(quotient + _at(y_zero, at, 1).astype("float32"), y_zero.dtype)
 
     return Value(Map(sums.shape, y_zero.dtype, body, "quantize"), name=node.name)
-

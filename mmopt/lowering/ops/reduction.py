@@ -16,6 +16,7 @@ from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.activations import absolute
 from mmopt.lowering.ops.elementwise import Scalar, accumulator, is_float, larger, smaller
 from mmopt.lowering.ops.extents import (
+    Integers,
     axis_attr,
     choose,
     constant_axes,
@@ -99,7 +100,7 @@ def reduce(node: OpNode) -> Value:
     return followed if followed is not None else over(node, data, axes, rule, keep=bool(node.attr("keepdims", 1)))
 
 
-def _axes(node: OpNode, rank: int):  # type: ignore[no-untyped-def]
+def _axes(node: OpNode, rank: int) -> list[int] | Integers | None:
     """Constant axes, axes that are data, or ``None`` when nothing is to be reduced."""
     axes = optional_integers(node, 1, "axes")
     if axes is None or not axes.items:

@@ -106,9 +106,11 @@ def _by_scales(node: OpNode, data: Value, chosen: Sequence[int], scales: Value) 
     node.context.tensor(scales)
     given = None if scales.constant is None else [float(s) for s in scales.constant.reshape(-1)]
     shape = list(data.shape)
-    if given is not None and all(known(data.shape[d]) is not None or _is_ratio(s) for d, s in zip(chosen, given, strict=True)):
-        for d, scale in zip(chosen, given, strict=True):
-            shape[d] = _scaled(data.shape[d], scale)
+    if given is not None and all(
+        known(data.shape[d]) is not None or _is_ratio(s) for d, s in zip(chosen, given, strict=True)
+    ):
+        for d, factor in zip(chosen, given, strict=True):
+            shape[d] = _scaled(data.shape[d], factor)
         shape = settled(node, shape)
     else:
         for d, extent in zip(chosen, _data_extents(node, [data.shape[d] for d in chosen], scales), strict=True):
@@ -116,10 +118,18 @@ def _by_scales(node: OpNode, data: Value, chosen: Sequence[int], scales: Value) 
         shape = named(node, shape, "resize")
     axes: list[Axis] = []
     for n, d in enumerate(chosen):
-        scale = (lambda n=n: f64(given[n])) if given is not None else (lambda n=n: f64(scales.tensor[i64(n)]))
         least = given[n] if given is not None else _least(data.shape[d], shape[d])
+        scale = _scale_at(scales, n) if given is None else _constant(given[n])
         axes.append(Axis(d, data.shape[d], shape[d], scale, least, _region(node, n, len(chosen))))
     return axes
+
+
+def _scale_at(scales: Value, position: int) -> Callable[[], Expr]:
+    return lambda: f64(scales.tensor[i64(position)])
+
+
+def _constant(scale: float) -> Callable[[], Expr]:
+    return lambda: f64(scale)
 
 
 def _is_ratio(scale: float) -> bool:
@@ -156,32 +166,41 @@ def _least(size: Expr, out: Expr) -> float | None:
 
 
 def _by_sizes(node: OpNode, data: Value, chosen: Sequence[int], sizes: Value) -> list[Axis]:
-    policy = node.attr("keep_aspect_ratio_policy", "stretch")
     given = [data.shape[d] for d in chosen]
     wanted = integers(node, sizes, "sizes")
+    outs, scale = _fit(node, given, wanted.items)
     shape = list(data.shape)
-    fit: Callable[[], Expr] | None = None
-    outs = wanted.items
-    if policy != "stretch":
-        best = min if policy == "not_larger" else max
-        constant = all(known(e) is not None for e in (*given, *outs))
-        if constant:
-            factor = best(known(o) / known(g) for o, g in zip(outs, given, strict=True))  # type: ignore[operator]
-            outs = [i64(math.floor(factor * known(g) + 0.5)) for g in given]  # type: ignore[operator]
-            fit = lambda: f64(factor)  # noqa: E731
-        else:
-            merge = tirx.min if policy == "not_larger" else tirx.max
-            fit = lambda: _common(outs_given, given, merge)  # noqa: E731
-            outs_given = list(wanted.items)
-            outs = _fitted(node, given, fit)
     for d, extent in zip(chosen, outs, strict=True):
         shape[d] = extent
-    shape = named(node, shape, "resize") if wanted.data or fit is not None else settled(node, shape)
+    shape = named(node, shape, "resize") if wanted.data or scale is not None else settled(node, shape)
     axes: list[Axis] = []
     for n, d in enumerate(chosen):
-        ratio = fit or (lambda d=d: f64(shape[d]) / f64(data.shape[d]))
-        axes.append(Axis(d, data.shape[d], shape[d], ratio, _least(data.shape[d], shape[d]), _region(node, n, len(chosen))))
+        ratio = scale or _ratio(shape[d], data.shape[d])
+        least = _least(data.shape[d], shape[d])
+        axes.append(Axis(d, data.shape[d], shape[d], ratio, least, _region(node, n, len(chosen))))
     return axes
+
+
+def _ratio(out: Expr, size: Expr) -> Callable[[], Expr]:
+    return lambda: f64(out) / f64(size)
+
+
+def _fit(node: OpNode, given: Sequence[Expr], wanted: list[Expr]) -> tuple[list[Expr], Callable[[], Expr] | None]:
+    """Extents after the aspect ratio has been kept, and the scale common to all axes where it is."""
+    policy = node.attr("keep_aspect_ratio_policy", "stretch")
+    if policy == "stretch":
+        return wanted, None
+    sizes, outs = [known(g) for g in given], [known(w) for w in wanted]
+    if None not in sizes and None not in outs:
+        ratios = [o / g for o, g in zip(outs, sizes, strict=True)]  # type: ignore[operator]
+        factor = min(ratios) if policy == "not_larger" else max(ratios)
+        return [i64(math.floor(factor * g + 0.5)) for g in sizes], _constant(factor)  # type: ignore[operator]
+    merge = tirx.min if policy == "not_larger" else tirx.max
+
+    def scale() -> Expr:
+        return _common(wanted, given, merge)
+
+    return _fitted(node, given, scale), scale
 
 
 def _common(outs: Sequence[Expr], given: Sequence[Expr], merge: Callable[[Expr, Expr], Expr]) -> Expr:
@@ -361,6 +380,8 @@ def _extrapolated(node: OpNode, data: Value, axes: Sequence[Axis], dtype: str) -
 
     def body(*at: Expr) -> Expr:
         beyond = [tables[d][at[d]] for d in tables]
-        return tirx.Select(tirx.any(*beyond) if len(beyond) > 1 else beyond[0], tirx.const(value, data.dtype), data.tensor[at])
+        return tirx.Select(
+            tirx.any(*beyond) if len(beyond) > 1 else beyond[0], tirx.const(value, data.dtype), data.tensor[at]
+        )
 
     return Value(Map(data.shape, data.dtype, body, "extrapolate"), name=node.name) if tables else data

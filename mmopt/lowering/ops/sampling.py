@@ -115,7 +115,9 @@ def grid_sample(node: OpNode) -> Value:
     def place(*at: Expr) -> Expr:
         """Real position along spatial axis ``at[-1]``; the grid has the last axis first."""
         axis = at[-1]
-        chosen = [_denormalized(grid.tensor[(*at[:-1], i64(rank - 1 - d))].astype(wide), sizes[d], align) for d in range(rank)]
+        chosen = [
+            _denormalized(grid.tensor[(*at[:-1], i64(rank - 1 - d))].astype(wide), sizes[d], align) for d in range(rank)
+        ]
         placed = [_into(p, s, mode, padding, align) for p, s in zip(chosen, sizes, strict=True)]
         result = placed[-1]
         for d in range(rank - 2, -1, -1):
@@ -210,14 +212,18 @@ def roi_align(node: OpNode) -> Value:
 
     def sample(region: Expr, bin_: Expr, step: Expr, axis: int) -> Expr:
         length = extent(region, axis)
-        inside = (step.astype(wide) + tirx.const(0.5, wide)) * length / tirx.max(samples(region, axis), i64(1)).astype(wide)
+        inside = (
+            (step.astype(wide) + tirx.const(0.5, wide)) * length / tirx.max(samples(region, axis), i64(1)).astype(wide)
+        )
         return edge(region, 1 - axis) + bin_.astype(wide) * length + inside
 
     def body(*at: Expr) -> Expr:
         region, channel, row, column, i, j = at
         used = tirx.all(i < samples(region, 0), j < samples(region, 1))
         lead = (i64(batches.tensor[region]), channel)
-        parts = _corners(data.tensor, lead, data.shape[2:], (sample(region, row, i, 0), sample(region, column, j, 1)), wide)
+        parts = _corners(
+            data.tensor, lead, data.shape[2:], (sample(region, row, i, 0), sample(region, column, j, 1)), wide
+        )
         if largest:
             best = tirx.max(tirx.max(parts[0], parts[1]), tirx.max(parts[2], parts[3]))
             return tirx.Select(used, best, tirx.const(-math.inf, wide))

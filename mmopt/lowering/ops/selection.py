@@ -115,7 +115,9 @@ def unique(node: OpNode) -> list[Value]:
     order = _sorted(node, keys)
     start = _realized(node, _group_starts(node, keys, order), "starts")
     heads = selected(node, start, "unique", _stated(node, 0, 1) if node.n_outputs > 1 else None)
-    first = _realized(node, Value(Map(heads.shape, "int64", lambda g: order.tensor[i64(0), heads.tensor[g]], "first")), "first")
+    first = _realized(
+        node, Value(Map(heads.shape, "int64", lambda g: order.tensor[i64(0), heads.tensor[g]], "first")), "first"
+    )
     rank = _ranks(node, first, in_order=bool(node.attr("sorted", 1)))
     ordered = _scattered(node, rank, first)
     group = _groups(node, start, order, rank, count)
@@ -206,12 +208,14 @@ def non_max_suppression(node: OpNode) -> Value:
     keys = node.context.reshape(scores, [simplify(batches * classes), count, i64(1)])
     node.context.realize([keys], "keys")
     order = _realized(node, Value(Sort(keys.tensor, descending=True).output), "sort")
-    limits = [_scalar(node, n) for n in (2, 3, 4)]
+    limits = Limits(
+        _scalar(node, 2), _scalar(node, 3), _scalar(node, 4), centres=bool(node.attr("center_point_box", 0))
+    )
     nest = Suppress(
         node.context.tensor(boxes),
         node.context.tensor(scores),
         order.tensor,
-        Limits(*limits, centres=bool(node.attr("center_point_box", 0))),
+        limits,
     )
     rows, found = Value(nest.rows), Value(nest.count)
     node.context.realize([rows, found], "suppress")

@@ -158,14 +158,19 @@ def filled(node: OpNode, extents: list[Expr], value: np.ndarray) -> Value:
     sizes = [known(e) for e in extents]
     if None not in sizes and value.dtype.kind in "iub" and int(np.prod(sizes)) <= MAX_ELEMENTS:  # type: ignore[arg-type]
         return node.context.constant(np.full(sizes, value[0], dtype=value.dtype))  # type: ignore[arg-type]
-    literal = tirx.const(value[0].item(), dtype)
-    return Value(Map(extents, dtype, lambda *_: literal, "fill"), name=node.name)
+    constant_ = tirx.const(value[0].item(), dtype)
+    return Value(Map(extents, dtype, lambda *_: constant_, "fill"), name=node.name)
 
 
 @lowers("Constant")
 def constant(node: OpNode) -> Value:
     """A constant written in the graph."""
-    for name, dtype in (("value_int", "int64"), ("value_ints", "int64"), ("value_float", "float32"), ("value_floats", "float32")):
+    for name, dtype in (
+        ("value_int", "int64"),
+        ("value_ints", "int64"),
+        ("value_float", "float32"),
+        ("value_floats", "float32"),
+    ):
         if node.attr(name) is not None:
             return node.context.constant(np.array(node.attr(name), dtype=dtype), node.name)
     attribute = node.node.attributes.get("value")
@@ -186,5 +191,3 @@ def dropout(node: OpNode) -> list[Value]:
             raise NotLowered("dropout in training mode draws random numbers")
     kept = Value(Map(data.shape, "bool", lambda *_: tirx.const(True, "bool"), "kept"), name=node.name)
     return [data, kept][: node.n_outputs]
-
-

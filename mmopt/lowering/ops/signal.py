@@ -32,8 +32,7 @@ def _turns(node: OpNode, length: Expr, wide: str) -> tuple[Tensor, Tensor]:
         return n.astype("float64") * tirx.const(2 * math.pi, "float64") / tirx.max(length, i64(1)).astype("float64")
 
     tables = [
-        Value(Map([length], wide, lambda n, f=f: f(angle(n)).astype(wide), "turns"))  # type: ignore[misc]
-        for f in (tirx.cos, tirx.sin)
+        Value(Map([length], wide, lambda n, f=f: f(angle(n)).astype(wide), "turns")) for f in (tirx.cos, tirx.sin)
     ]
     node.context.realize(tables, "turns")
     return tables[0].tensor, tables[1].tensor
@@ -60,7 +59,9 @@ def dft(node: OpNode) -> Value:
         count, shape = data.shape[position], list(data.shape)
     else:
         position, shape = None, []
-        outer, count, inner = named(node, split_at(data.shape[:-1], _from_front(axis.items[0], data.ndim)), "dft", [None] * 3)
+        outer, count, inner = named(
+            node, split_at(data.shape[:-1], _from_front(axis.items[0], data.ndim)), "dft", [None] * 3
+        )
     default = simplify((count - 1) * 2) if inverse and onesided else count
     length = default if given is None else given.items[0]
     if given is not None and given.data:
@@ -74,7 +75,13 @@ def dft(node: OpNode) -> Value:
         return done
     flat = node.context.reshape(data, [outer, count, inner, data.shape[-1]])
     (points,) = named(node, [points], "points", [None])
-    done = _transform(node, flat, (1, count, length, [outer, points, inner, i64(1 if real_result else 2)]), inverse=inverse, onesided=onesided)
+    done = _transform(
+        node,
+        flat,
+        (1, count, length, [outer, points, inner, i64(1 if real_result else 2)]),
+        inverse=inverse,
+        onesided=onesided,
+    )
     node.context.realize([done], "dft")
     stated = declared(node)
     full = [_replaced(e, axis.items[0], d, data.ndim, points) for d, e in enumerate(data.shape[:-1])]

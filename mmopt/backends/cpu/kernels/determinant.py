@@ -60,7 +60,9 @@ class Determinant(LoopNest):
             return tirx.BufferLoad(work, [i, j])
 
         def search(i: Expr) -> Stmt:
-            return when(tirx.abs(at(k + 1 + i, k)) > tirx.abs(at(best, k)), tirx.BufferStore(pivot, k + 1 + i, [i64(0)]))
+            return when(
+                tirx.abs(at(k + 1 + i, k)) > tirx.abs(at(best, k)), tirx.BufferStore(pivot, k + 1 + i, [i64(0)])
+            )
 
         def swap(j: Expr) -> Stmt:
             held = tirx.Var("held", self.dtype)

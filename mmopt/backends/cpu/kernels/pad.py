@@ -44,7 +44,9 @@ class Pad(LoopNest):
         total = simplify(product(shape))
         if static(total) == 0:
             return seq()
-        return seq(kernel.nest((total,), fill, kernel.lanes(self.data.dtype), static(total)), self._copy(kernel, sinks[0]))
+        return seq(
+            kernel.nest((total,), fill, kernel.lanes(self.data.dtype), static(total)), self._copy(kernel, sinks[0])
+        )
 
     def _copy(self, kernel: Any, sink: Sink) -> Stmt:
         shape = self.output.shape

@@ -85,7 +85,9 @@ class Pool(LoopNest):
         work = static(simplify(product(shape)))
 
         def row(*at: Expr) -> Stmt:
-            line = tirx.decl_buffer((tirx.max(width, i64(1)) if static(width) is None else width,), self.accumulator, "line")
+            line = tirx.decl_buffer(
+                (tirx.max(width, i64(1)) if static(width) is None else width,), self.accumulator, "line"
+            )
             (identity,) = self.combiner.identity((self.accumulator,))
             lanes = kernel.lanes(self.accumulator)
             clear = kernel.vector(width, lanes, lambda v: tirx.BufferStore(line, identity, [v]))
@@ -94,7 +96,9 @@ class Pool(LoopNest):
 
         return kernel.rows(shape[:-1], row, None if work is None else work * max(1, sum(w.kernel)))
 
-    def _rows(self, kernel: Any, line: tirx.Buffer, width: Expr, at: tuple[Expr, ...], axis: int, chosen: tuple[Expr, ...]) -> Stmt:
+    def _rows(
+        self, kernel: Any, line: tirx.Buffer, width: Expr, at: tuple[Expr, ...], axis: int, chosen: tuple[Expr, ...]
+    ) -> Stmt:
         """Combine into ``line`` every input row that the windows of result row ``at`` cover."""
         w = self.windows
         if axis == len(w.kernel) - 1:

@@ -41,7 +41,11 @@ class Scan(LoopNest):
             running = tirx.decl_buffer((tirx.max(inner, i64(1)),), self.accumulator, "running")
             first = tirx.const(1 if self.product else 0, self.accumulator)
             clear = kernel.vector(inner, lanes, lambda i: tirx.BufferStore(running, first, [i]))
-            return seq(tirx.AllocBuffer(running), clear, loop(count, lambda k: self._step(kernel, sinks[0], running, o, k), name="k"))
+            return seq(
+                tirx.AllocBuffer(running),
+                clear,
+                loop(count, lambda k: self._step(kernel, sinks[0], running, o, k), name="k"),
+            )
 
         return kernel.rows((outer,), row, static(simplify(product(self.data.shape))))
 

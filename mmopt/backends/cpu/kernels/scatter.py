@@ -32,7 +32,13 @@ class Scatter(LoopNest):
     name = "scatter"
 
     def __init__(
-        self, data: Tensor, updates: Tensor, reads: Sequence[Tensor], target: Target, merge: Merge | None, slices: int = 0
+        self,
+        data: Tensor,
+        updates: Tensor,
+        reads: Sequence[Tensor],
+        target: Target,
+        merge: Merge | None,
+        slices: int = 0,
     ) -> None:
         super().__init__()
         self.data, self.updates, self.target, self.merge, self.slices = data, updates, target, merge, slices

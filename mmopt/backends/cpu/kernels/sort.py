@@ -53,7 +53,9 @@ class Sort(LoopNest):
         def one(number: Expr) -> Stmt:
             width = tirx.shift_left(i64(1), number)
             blocks = tirx.floordiv(items + width * 2 - 1, width * 2)
-            merge = loop(blocks, lambda b: self._merge(kernel, r, (order, merged, state), b * width * 2, width), name="b")
+            merge = loop(
+                blocks, lambda b: self._merge(kernel, r, (order, merged, state), b * width * 2, width), name="b"
+            )
             back = loop(items, lambda i: tirx.BufferStore(order, tirx.BufferLoad(merged, [i]), [i]))
             return when(width < items, seq(merge, back))
 
@@ -71,9 +73,15 @@ class Sort(LoopNest):
 
         def step(t: Expr) -> Stmt:
             take_right = tirx.all(right < end, tirx.any(left >= middle, verdict > i64(0)))
-            from_right = seq(tirx.BufferStore(merged, item(right), [start + t]), tirx.BufferStore(state, right + 1, [i64(1)]))
-            from_left = seq(tirx.BufferStore(merged, item(left), [start + t]), tirx.BufferStore(state, left + 1, [i64(0)]))
-            return seq(self._compare(kernel, state, r, item(right), item(left)), when(take_right, from_right, from_left))
+            from_right = seq(
+                tirx.BufferStore(merged, item(right), [start + t]), tirx.BufferStore(state, right + 1, [i64(1)])
+            )
+            from_left = seq(
+                tirx.BufferStore(merged, item(left), [start + t]), tirx.BufferStore(state, left + 1, [i64(0)])
+            )
+            return seq(
+                self._compare(kernel, state, r, item(right), item(left)), when(take_right, from_right, from_left)
+            )
 
         cursors = (tirx.BufferStore(state, start, [i64(0)]), tirx.BufferStore(state, middle, [i64(1)]))
         return seq(*cursors, loop(tirx.max(end - start, i64(0)), step, name="t"))

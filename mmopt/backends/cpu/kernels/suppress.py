@@ -49,7 +49,7 @@ class Suppress(LoopNest):
         batches, classes, count = self.scores.shape
         chosen = tirx.decl_buffer((tirx.max(count, i64(1)),), "int64", "chosen")
         state = tirx.decl_buffer((i64(3),), "int64", "state")
-        total, kept, _ = (tirx.BufferLoad(state, [i64(n)]) for n in range(3))
+        total = tirx.BufferLoad(state, [i64(0)])
 
         def one(batch: Expr, class_: Expr) -> Stmt:
             step = lambda t: self._consider(kernel, sinks[0], (chosen, state), (batch, class_), t)  # noqa: E731
@@ -96,7 +96,10 @@ class Suppress(LoopNest):
             )
             return when(able, inner)
 
-        return seq(kernel.point(lambda: tirx.Bind(box, self.order[batch * self.scores.shape[1] + class_, t])), kernel.point(decide))
+        return seq(
+            kernel.point(lambda: tirx.Bind(box, self.order[batch * self.scores.shape[1] + class_, t])),
+            kernel.point(decide),
+        )
 
     def _overlaps(self, batch: Expr, first: Expr, second: Expr) -> Expr:
         zero = tirx.const(0, self.boxes.dtype)
