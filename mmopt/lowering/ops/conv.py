@@ -70,10 +70,9 @@ def conv(node: OpNode) -> Value:
 def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
     """Pick the template for a convolution."""
     lanes = lanes_of(node.context.program.profile, x.dtype)
-    channels, depth = static(x.shape[1]), static(w.shape[1])
-    usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None and depth is not None
-    out = static(w.shape[0])
-    if not usable or out is None or 0 in static_or_one(w.shape) or 0 in static_or_one(x.shape):
+    channels, depth, out = static(x.shape[1]), static(w.shape[1]), static(w.shape[0])
+    usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
+    if not usable or out is None or depth is None or 0 in static_or_one((*w.shape, *x.shape)):
         return _generic(node, x, w, bias, groups, shape)
     if groups == channels == out and out % lanes == 0:
         return _depthwise(node, x, w, bias, shape, lanes)
@@ -204,3 +203,74 @@ def _generic(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
         return value.astype(x.dtype)
 
     return Value(Map(total.shape, x.dtype, finish, "bias"), name=node.name)
+
+
+@lowers("ConvTranspose")
+def conv_transpose(node: OpNode) -> Value:
+    """The adjoint of a convolution, as a convolution of the input with zeros put between its elements."""
+    x, w, bias = node.input(0), node.input(1), node.optional(2)
+    kernel = static_shape(w.shape[2:], "kernel")
+    rank, groups = len(kernel), node.attr("group", 1)
+    strides = tuple(node.attr("strides") or [1] * rank)
+    dilations = tuple(node.attr("dilations") or [1] * rank)
+    reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
+    extra = node.attr("output_padding") or [0] * rank
+    begin, end = _transposed_pads(node, x.shape[2:], strides, reach, extra)
+    spread = _spread(node, x, strides)
+    window = Window(kernel, (1,) * rank, dilations)
+    before = tuple(simplify(index(r) - b) for r, b in zip(reach, begin, strict=True))
+    after = tuple(simplify(index(r + o) - e) for r, o, e in zip(reach, extra, end, strict=True))
+    return convolve(node, spread, _adjoint_filter(node, w, groups), bias, groups, Geometry(window, before, after))
+
+
+def _transposed_pads(
+    node: OpNode, space: Sequence[Expr], strides: Sequence[int], reach: Sequence[int], extra: Sequence[int]
+) -> tuple[list[Expr], list[Expr]]:
+    """What is cut off each side of the full result."""
+    rank, mode, wanted = len(strides), node.attr("auto_pad", "NOTSET"), node.attr("output_shape")
+    if wanted is None and mode not in ("SAME_UPPER", "SAME_LOWER"):
+        pads = (node.attr("pads") if mode == "NOTSET" else None) or [0] * (2 * rank)
+        return [index(p) for p in pads[:rank]], [index(p) for p in pads[rank:]]
+    begin, end = [], []
+    for axis, (extent, stride) in enumerate(zip(space, strides, strict=True)):
+        target = index(wanted[axis]) if wanted is not None else extent * stride
+        total = simplify((extent - 1) * stride + (extra[axis] + reach[axis] + 1) - target)
+        half = simplify(tirx.floordiv(total, index(2)))
+        rest = simplify(total - half)
+        begin.append(half if mode == "SAME_UPPER" else rest)
+        end.append(rest if mode == "SAME_UPPER" else half)
+    return begin, end
+
+
+def _spread(node: OpNode, x: Value, strides: Sequence[int]) -> Value:
+    """``x`` with ``stride - 1`` zeros between neighbours."""
+    if all(s == 1 for s in strides):
+        return x
+    data = node.context.tensor(x)
+    extents = [simplify((e - 1) * s + 1) for e, s in zip(x.shape[2:], strides, strict=True)]
+
+    def body(n: Expr, c: Expr, *at: Expr) -> Expr:
+        on = tirx.all(*(tirx.floormod(i, index(s)).equal(index(0)) for i, s in zip(at, strides, strict=True)))
+        source = [tirx.floordiv(i, index(s)) for i, s in zip(at, strides, strict=True)]
+        return tirx.Select(on, data[(n, c, *source)], tirx.const(0, x.dtype))
+
+    return Value(Map((*x.shape[:2], *extents), x.dtype, body, "spread"))
+
+
+def _adjoint_filter(node: OpNode, w: Value, groups: int) -> Value:
+    """``[C, O/g, *kernel]`` → ``[O, C/g, *kernel]`` with the kernel reversed."""
+    kernel = static_shape(w.shape[2:], "kernel")
+    if w.constant is not None:
+        channels, each = w.constant.shape[:2]
+        split = w.constant.reshape(groups, channels // groups, each, *kernel).swapaxes(1, 2)
+        turned = np.flip(split, axis=tuple(range(3, 3 + len(kernel))))
+        shape = (groups * each, channels // groups, *kernel)
+        return Value(constant=np.ascontiguousarray(turned.reshape(shape)), name=f"{w.name}.adjoint")
+    data, each = node.context.tensor(w), w.shape[1]
+    depth = simplify(tirx.floordiv(w.shape[0], index(groups)))
+
+    def body(o: Expr, c: Expr, *tap: Expr) -> Expr:
+        turned = [index(k - 1) - t for k, t in zip(kernel, tap, strict=True)]
+        return data[(tirx.floordiv(o, each) * depth + c, tirx.floormod(o, each), *turned)]
+
+    return Value(Map((simplify(each * groups), depth, *w.shape[2:]), w.dtype, body, "adjoint"))
