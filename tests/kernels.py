@@ -21,7 +21,7 @@ from tvm import tirx
 from mmopt.backends.compute import Source, Tensor
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.emit import Kernel, KernelEmitter
-from mmopt.backends.cpu.pipeline import target_of
+from mmopt.backends.cpu.pipeline import code_generation, target_of
 from mmopt.backends.profile import Profile, load_profile, native_profile
 
 ALIGNMENT = 64
@@ -127,7 +127,7 @@ def compile_kernels(groups: Iterable[Sequence[Tensor]], profile: Profile) -> Com
     for number, outputs in enumerate(dict.fromkeys(map(tuple, groups))):
         kernels[outputs] = f"kernel{number}", KernelEmitter(outputs, profile).build()
     functions = {name: kernel.function.with_attr("global_symbol", name) for name, kernel in kernels.values()}
-    with tvm.transform.PassContext(opt_level=3):
+    with code_generation():
         return Compiled(kernels, tvm.compile(tvm.IRModule(functions), target=target_of(profile)))
 
 

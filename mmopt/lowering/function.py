@@ -26,6 +26,7 @@ from mmopt.lowering.values import (
     dtype_name,
     from_elements,
     identifier,
+    narrow_bits,
     plain_view,
 )
 
@@ -133,6 +134,7 @@ class FunctionLowering:
             raise NotLowered(f"the rank of {value.name} is not known")
         shape = [self._extent(d, f"{value.name}_{n}") for n, d in enumerate(value.shape)]
         made = self.bind_argument(Source(shape, dtype_name(value.dtype), identifier(value.name)))
+        made.bits = narrow_bits(value.dtype)
         self.values[value] = made
         return made
 
@@ -354,23 +356,20 @@ class FunctionLowering:
     def in_blocks(self, value: Value, lanes: int) -> Source:
         """``value`` in memory as ``[N, C/lanes, *space, lanes]``; its channels must be a multiple of ``lanes``."""
         self.realize([value], "operand")
-        if value.blocked is None:
-            plain = value.tensor
-            shape = (
-                value.shape[0],
-                simplify(tirx.floordiv(value.shape[1], index(lanes))),
-                *value.shape[2:],
-                index(lanes),
-            )
+        blocked = value.in_blocks_of(lanes)
+        if blocked is None:
+            plain, count = value.tensor, simplify(tirx.floordiv(value.shape[1], index(lanes)))
 
             def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
                 return plain[(n, c * lanes + rest[-1], *rest[:-1])]
 
-            made = Value(Map(shape, value.dtype, body, "blocks"))
+            made = Value(Map((value.shape[0], count, *value.shape[2:], index(lanes)), value.dtype, body, "blocks"))
             self.realize([made], "blocks")
-            value.blocked = made.tensor
-        assert isinstance(value.blocked, Source)
-        return value.blocked
+            blocked = made.tensor
+            if value.blocked is None and value.constant is None:
+                value.blocked = blocked
+        assert isinstance(blocked, Source)
+        return blocked
 
     def _refresh(self, value: Value) -> None:
         if value.blocked is not None:

@@ -11,7 +11,7 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from mmopt.backends.compute import Map, Source, Tensor, index
-from mmopt.backends.expressions import simplify
+from mmopt.backends.expressions import same, simplify
 
 _DTYPES = {
     ir.DataType.FLOAT: "float32",
@@ -28,6 +28,14 @@ _DTYPES = {
     ir.DataType.UINT64: "uint64",
     ir.DataType.BOOL: "bool",
 }
+
+_NARROW = {
+    ir.DataType.INT4: ("int8", 4),
+    ir.DataType.UINT4: ("uint8", 4),
+    ir.DataType.INT2: ("int8", 2),
+    ir.DataType.UINT2: ("uint8", 2),
+}
+"""Integers of less than a byte are kept one in a byte; results are cut to the number of bits."""
 
 MAX_ELEMENTS = 128
 """Integer tensors up to this size are followed element by element at compile time."""
@@ -51,6 +59,8 @@ def dtype_name(dtype: ir.DataType | None) -> str:
     Raises:
         NotLowered: No kernel works on this type.
     """
+    if dtype in _NARROW:
+        return _NARROW[dtype][0]
     if dtype not in _DTYPES:
         raise NotLowered(f"element type {dtype.name if dtype else 'unknown'} has no kernels")
     return _DTYPES[dtype]
@@ -73,6 +83,11 @@ def described(value: ir.Value | None, lowered: Value | None) -> ir.TypeAndShape 
     return ir.TypeAndShape(ir.TensorType(dtype), ir.Shape(extents))
 
 
+def narrow_bits(dtype: ir.DataType | None) -> int | None:
+    """Bits of an integer type of less than a byte, ``None`` for every other type."""
+    return _NARROW[dtype][1] if dtype in _NARROW else None
+
+
 class ConstantSource(Source):
     """A weight: a kernel parameter whose data is known at compile time and stored in the artifact."""
 
@@ -90,6 +105,7 @@ class Value:
         shape: Extents as int64 expressions.
         dtype: TVM dtype name.
         constant: The data when known at compile time.
+        bits: For integers of less than a byte, how many bits of the byte count.
         blocked: The same data as ``[N, C/B, *space, B]``, where a convolution made it in that layout.
         elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
     """
@@ -107,6 +123,7 @@ class Value:
         self.constant = constant
         self.name = name
         self.blocked: Tensor | None = None
+        self.bits: int | None = None
         self._elements = elements
         if tensor is not None:
             self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -126,6 +143,12 @@ class Value:
         value = cls(plain_view(blocked), name=name)
         value.blocked = blocked
         return value
+
+    def in_blocks_of(self, lanes: int) -> Tensor | None:
+        """The blocked form, where there is one with blocks of ``lanes`` channels."""
+        if self.blocked is None or not same(self.blocked.shape[-1], index(lanes)):
+            return None
+        return self.blocked
 
     @property
     def ndim(self) -> int:

@@ -12,6 +12,15 @@ from mmopt.backends.cpu import intrinsics
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
 
+_SKIPPED = ["s_tir.CompactBufferAllocation"]
+"""Passes that do harm. This one shrinks temporaries to what it sees used; ours fit exactly, and where extents are
+symbolic it puts loop variables into the size."""
+
+
+def code_generation() -> tvm.transform.PassContext:
+    """Context in which kernels are compiled."""
+    return tvm.transform.PassContext(opt_level=3, disabled_pass=_SKIPPED)
+
 
 def target_of(profile: Profile) -> tvm.target.Target:
     """TVM's form of a CPU profile."""
@@ -62,7 +71,7 @@ def build_library(module: tvm.IRModule, profile: Profile) -> bytes:
     intrinsics.register()
     target = target_of(profile)
     try:
-        with target, tvm.transform.PassContext(opt_level=3):
+        with target, code_generation():
             lowered = legalize()(module)
             executable = relax.build(lowered, target=target, relax_pipeline=tvm.transform.Sequential([]))
         with tempfile.TemporaryDirectory(prefix="mmopt-") as folder:

@@ -103,7 +103,15 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
         w, ("filters", groups, block, tile.columns), lambda a: pack_filters(a, groups, block, tile.columns)
     )
     nest = Convolution(
-        source, filters, channels=out, groups=groups, block=block, window=shape.window, tile=tile, plain=plain, flat=pointwise
+        source,
+        filters,
+        channels=out,
+        groups=groups,
+        block=block,
+        window=shape.window,
+        tile=tile,
+        plain=plain,
+        flat=pointwise,
     )
     return _finish(node, nest.output, bias, out, lanes)
 
@@ -148,16 +156,16 @@ def padded_input(node: OpNode, x: Value, shape: Geometry, lanes: int, fill: floa
     if not lanes and not shape.padded:
         return context.dense(x)
     context.realize([x], "operand")
-    origin = x.blocked if lanes and x.blocked is not None else context.tensor(x)
+    blocked = x.in_blocks_of(lanes) if lanes else None
+    origin = context.tensor(x) if blocked is None else blocked
     space = shape.padded_extents(x.shape[2:])
     zero = tirx.const(fill, x.dtype)
-    ready = lanes and x.blocked is not None
 
     def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
         at = rest[: len(space)]
         inside = [p - b for p, b in zip(at, shape.begin, strict=True)]
         legal = tirx.all(*(tirx.all(p >= 0, p < s) for p, s in zip(inside, x.shape[2:], strict=True)))
-        if ready:
+        if blocked is not None:
             return guarded(legal, lambda: origin[(n, c, *inside, rest[-1])], zero)
         channel = c * lanes + rest[-1] if lanes else c
         return guarded(legal, lambda: origin[(n, channel, *inside)], zero)

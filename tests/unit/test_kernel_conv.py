@@ -1,0 +1,309 @@
+"""Convolution templates against numpy in float64: models with one convolution, and with operators around it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from onnx import TensorProto, helper
+
+from mmopt.backends.cpu.kernels.conv import Window, pack_filters
+from tests.kernels import PROFILES
+from tests.programs import Example, check, model_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """A convolution: ``x`` is ``[N, C, *space]``, ``w`` is ``[O, C/groups, *kernel]``."""
+
+    x: tuple[int, ...]
+    w: tuple[int, ...]
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    groups: int = 1
+    auto_pad: str = ""
+    bias: bool = True
+    dtype: str = "float32"
+
+    @property
+    def rank(self) -> int:
+        return len(self.x) - 2
+
+    def attributes(self) -> dict[str, object]:
+        """As ONNX has them; what is not given is left out."""
+        given = {"strides": self.strides, "dilations": self.dilations, "pads": self.pads, "auto_pad": self.auto_pad}
+        return {"group": self.groups, **{name: value for name, value in given.items() if value}}
+
+    def padding(self) -> list[tuple[int, int]]:
+        """Elements before and after each spatial axis."""
+        if not self.auto_pad.startswith("SAME"):
+            pads = self.pads or (0,) * (2 * self.rank)
+            return list(zip(pads[: self.rank], pads[self.rank :], strict=True))
+        made = []
+        strides, dilations = self.strides or (1,) * self.rank, self.dilations or (1,) * self.rank
+        for extent, kernel, stride, dilation in zip(self.x[2:], self.w[2:], strides, dilations, strict=True):
+            total = max(0, (-(-extent // stride) - 1) * stride + dilation * (kernel - 1) + 1 - extent)
+            less, more = total // 2, total - total // 2
+            made.append((less, more) if self.auto_pad == "SAME_UPPER" else (more, less))
+        return made
+
+
+def convolved(g: Geometry, x: np.ndarray, w: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """The definition, in float64."""
+    strides, dilations = g.strides or (1,) * g.rank, g.dilations or (1,) * g.rank
+    padded = np.pad(x.astype(np.float64), [(0, 0), (0, 0), *g.padding()])
+    reach = [d * (k - 1) + 1 for d, k in zip(dilations, w.shape[2:], strict=True)]
+    windows = sliding_window_view(padded, reach, tuple(range(2, 2 + g.rank)))
+    steps = (
+        slice(None),
+        slice(None),
+        *(slice(None, None, s) for s in strides),
+        *(slice(None, None, d) for d in dilations),
+    )
+    windows = windows[steps]
+    n, c = x.shape[:2]
+    split = windows.reshape(n, g.groups, c // g.groups, *windows.shape[2:])
+    filters = w.astype(np.float64).reshape(g.groups, w.shape[0] // g.groups, *w.shape[1:])
+    space, taps = list(range(10, 10 + g.rank)), list(range(20, 20 + g.rank))
+    y = np.einsum(split, [0, 1, 2, *space, *taps], filters, [1, 3, 2, *taps], [0, 1, 3, *space])
+    y = y.reshape(n, w.shape[0], *y.shape[3:])
+    return y if bias is None else y + bias.astype(np.float64).reshape(-1, *[1] * g.rank)
+
+
+def example(g: Geometry, *, computed_filter: bool = False, symbolic: Sequence[int | str] | None = None) -> Example:
+    """A model with one convolution; its filter is a weight unless ``computed_filter``."""
+    random = np.random.default_rng(0)
+    bias = random.standard_normal(g.w[0]).astype(g.dtype) if g.bias else None
+    w, x = (random.standard_normal(s).astype(g.dtype) for s in (g.w, g.x))
+    weights = {"w": w} | ({} if bias is None else {"bias": bias})
+    feeds = {"x": x} | (weights if computed_filter else {})
+    node = helper.make_node("Conv", ["x", *weights], ["y"], **g.attributes())
+    kept = {} if computed_filter else weights
+    model = model_of([node], feeds, ["y"], kept, symbolic={"x": symbolic} if symbolic else None)
+    text = f"{g}{' computed filter' if computed_filter else ''}{f' {symbolic}' if symbolic else ''}"
+    return Example(text, model, feeds, [convolved(g, x, w, bias)])
+
+
+def ranks() -> list[Example]:
+    """One to three spatial axes, 1×1 and larger, strided, dilated, padded on one side more than on the other."""
+    return [example(g) for g in [
+        Geometry((2, 16, 37), (32, 16, 3), pads=(1, 1)),
+        Geometry((1, 3, 50), (16, 3, 5), strides=(2,), pads=(2, 1), bias=False),
+        Geometry((3, 16, 9), (16, 16, 1)),
+        Geometry((1, 16, 20), (16, 16, 4), strides=(4,)),
+        Geometry((2, 32, 7, 9), (32, 32, 3, 3), pads=(1, 1, 1, 1)),
+        Geometry((1, 16, 11, 10), (16, 16, 3, 2), strides=(2, 3), pads=(0, 1, 2, 1), bias=False),
+        Geometry((1, 16, 12, 13), (16, 16, 3, 3), dilations=(2, 3), pads=(2, 3, 2, 3)),
+        Geometry((2, 32, 5, 7), (48, 32, 1, 1)),
+        Geometry((1, 16, 8, 8), (32, 16, 1, 1), strides=(2, 2)),
+        Geometry((1, 3, 20, 20), (16, 3, 7, 7), strides=(2, 2), pads=(3, 3, 3, 3)),
+        Geometry((1, 16, 4, 5, 6), (16, 16, 3, 3, 3), pads=(1,) * 6),
+        Geometry((1, 2, 4, 5, 6), (16, 2, 2, 1, 3), strides=(1, 2, 2), pads=(1, 0, 0, 0, 1, 2)),
+    ]]  # fmt: skip
+
+
+def channels() -> list[Example]:
+    """Channels that do not fill vectors, blocks or panels, on either side; a single row, column, image."""
+    made = [
+        example(Geometry((1, c, 5, 6), (o, c, 3, 3), pads=(1, 1, 1, 1)))
+        for c, o in [(1, 1), (16, 1), (1, 16), (5, 7), (16, 20), (20, 16), (8, 24), (24, 40), (32, 70), (17, 33)]
+    ]
+    made += [
+        example(Geometry((1, 16, 1, 1), (16, 16, 1, 1))),
+        example(Geometry((1, 16, 3, 3), (16, 16, 3, 3))),
+        example(Geometry((1, 16, 1, 40), (16, 16, 1, 3))),
+        example(Geometry((1, 16, 40, 1), (16, 16, 3, 1))),
+    ]
+    return made
+
+
+def groups() -> list[Example]:
+    """Groups whose channels fill blocks and groups whose channels do not; depthwise with and without multiplier."""
+    return [example(g) for g in [
+        Geometry((2, 32, 6, 7), (32, 16, 3, 3), groups=2, pads=(1, 1, 1, 1)),
+        Geometry((1, 32, 6, 7), (64, 8, 3, 3), groups=4, pads=(1, 1, 1, 1)),
+        Geometry((1, 6, 6, 7), (32, 3, 3, 3), groups=2, pads=(1, 0, 1, 0)),
+        Geometry((1, 6, 6, 7), (9, 2, 3, 3), groups=3, pads=(1, 0, 1, 0)),
+        Geometry((1, 48, 5, 5), (96, 16, 1, 1), groups=3),
+        Geometry((2, 32, 9, 17), (32, 1, 3, 3), groups=32, pads=(1, 1, 1, 1)),
+        Geometry((1, 16, 30), (16, 1, 5), groups=16, strides=(2,), pads=(2, 2), bias=False),
+        Geometry((1, 16, 4, 4, 5), (16, 1, 2, 2, 2), groups=16, dilations=(2, 1, 1)),
+        Geometry((1, 20, 9, 5), (20, 1, 3, 3), groups=20, pads=(1, 1, 1, 1)),
+        Geometry((1, 16, 9, 5), (32, 1, 3, 3), groups=16, pads=(1, 1, 1, 1)),
+        Geometry((1, 5, 9, 5), (10, 1, 3, 3), groups=5),
+    ]]  # fmt: skip
+
+
+def automatic_padding() -> list[Example]:
+    """The three modes, over extents that do not divide by the stride, sides of unequal padding, dilation."""
+    made = []
+    for mode in ("SAME_UPPER", "SAME_LOWER", "VALID"):
+        made += [
+            example(Geometry((1, 16, 7, 8), (16, 16, 3, 4), strides=(2, 3), auto_pad=mode)),
+            example(Geometry((1, 16, 9, 12), (16, 16, 2, 3), dilations=(3, 2), auto_pad=mode)),
+            example(Geometry((1, 16, 8), (16, 1, 4), groups=16, auto_pad=mode)),
+            example(Geometry((1, 16, 3), (16, 16, 1), strides=(2,), auto_pad=mode)),
+        ]
+    return made
+
+
+def other_types() -> list[Example]:
+    """Double precision by the templates, half precision and computed filters by the generic loops."""
+    plain = Geometry((2, 16, 6, 7), (20, 16, 3, 3), pads=(1, 0, 1, 2))
+    deep = Geometry((1, 16, 6, 7), (16, 1, 3, 3), groups=16, pads=(1, 1, 1, 1))
+    return [
+        example(dataclasses.replace(plain, dtype="float64")),
+        example(dataclasses.replace(deep, dtype="float64")),
+        example(dataclasses.replace(plain, dtype="float16")),
+        example(dataclasses.replace(plain, bias=False), computed_filter=True),
+        example(deep, computed_filter=True),
+        example(dataclasses.replace(plain, x=(2, 16, 6, 7), w=(4, 4, 1, 2), groups=4, pads=()), computed_filter=True),
+    ]
+
+
+def symbolic() -> list[Example]:
+    """Batch and spatial extents known at run time only."""
+    made = []
+    for n, h, w in [(1, 5, 7), (2, 9, 3), (3, 16, 33)]:
+        plain = Geometry((n, 16, h, w), (20, 16, 3, 3), pads=(1, 1, 1, 1))
+        made += [
+            example(plain, symbolic=["n", 16, "h", "w"]),
+            example(
+                dataclasses.replace(plain, strides=(2, 2), auto_pad="SAME_UPPER", pads=()), symbolic=["n", 16, "h", "w"]
+            ),
+            example(Geometry((n, 32, h, w), (32, 32, 1, 1)), symbolic=["n", 32, "h", "w"]),
+            example(Geometry((n, 32, h, w), (32, 1, 3, 3), groups=32, pads=(1, 1, 1, 1)), symbolic=["n", 32, "h", "w"]),
+            example(Geometry((n, 6, h, w), (9, 2, 3, 3), groups=3), symbolic=["n", 6, "h", "w"]),
+        ]
+    return made
+
+
+def surroundings() -> list[Example]:
+    """Convolutions one after another and operators between them: what a blocked layout must survive."""
+    return [
+        _chain("relu, pool, conv", [
+            ("Conv", {"pads": [1, 1, 1, 1]}, (32, 16, 3, 3)), ("Relu", {}, None),
+            ("MaxPool", {"kernel_shape": [3, 3], "strides": [2, 2], "pads": [1, 1, 1, 1]}, None),
+            ("Conv", {}, (16, 32, 1, 1)),
+        ]),
+        _chain("average with padding", [
+            ("Conv", {}, (16, 16, 1, 1)), ("AveragePool", {"kernel_shape": [2, 3], "pads": [1, 1, 0, 1]}, None),
+        ]),
+        _chain("average that counts padding, rounded up", [
+            ("Conv", {}, (16, 16, 1, 1)),
+            ("AveragePool", {"kernel_shape": [3, 3], "pads": [1, 1, 1, 1], "count_include_pad": 1, "strides": [2, 2],
+                             "ceil_mode": 1}, None),
+        ]),
+        _chain("global average", [("Conv", {}, (32, 16, 3, 3)), ("GlobalAveragePool", {}, None)]),
+        _chain("lp pool", [("Conv", {}, (16, 16, 1, 1)), ("LpPool", {"kernel_shape": [2, 2], "p": 2}, None)]),
+        _chain("dilated pool", [
+            ("Conv", {}, (16, 16, 1, 1)), ("MaxPool", {"kernel_shape": [2, 2], "dilations": [2, 3]}, None),
+            ("Sigmoid", {}, None),
+        ]),
+        _chain("channels in the middle that fill no block", [
+            ("Conv", {}, (20, 16, 1, 1)), ("Tanh", {}, None), ("Conv", {"pads": [1, 0, 1, 0]}, (16, 20, 3, 1)),
+        ]),
+        _chain("transposed", [("Conv", {}, (16, 16, 1, 1)), ("Transpose", {"perm": [0, 2, 3, 1]}, None)]),
+        _chain("reduced over channels", [("Conv", {}, (32, 16, 1, 1)), ("ReduceMean", {"keepdims": 1}, [1])]),
+        _chain("flattened", [("Conv", {}, (32, 16, 3, 3)), ("Relu", {}, None), ("Flatten", {}, None)]),
+        _chain("other widths of element in between", [
+            ("Conv", {}, (32, 16, 1, 1)), ("Cast", {"to": TensorProto.DOUBLE}, None), ("Conv", {}, (16, 32, 3, 3)),
+            ("Cast", {"to": TensorProto.FLOAT}, None), ("Conv", {}, (16, 16, 1, 1)),
+        ]),
+        _chain("half precision in between", [
+            ("Conv", {}, (32, 16, 1, 1)), ("Cast", {"to": TensorProto.FLOAT16}, None),
+            ("Cast", {"to": TensorProto.FLOAT}, None), ("Conv", {}, (16, 32, 1, 1)),
+        ]),
+        *_operands(),
+    ]  # fmt: skip
+
+
+Step = tuple[str, dict[str, object], "Sequence[int] | None"]
+"""Operator, attributes, and a filter's shape or axes."""
+
+
+def _chain(name: str, steps: Sequence[Step]) -> Example:
+    """Operators one after another. Where onnxruntime lacks double precision it is asked for single precision."""
+    random = np.random.default_rng(0)
+    feeds = {"x": random.standard_normal((2, 16, 7, 6)).astype(np.float32)}
+    extras = [None if s is None else random.standard_normal(s) / 4 if o == "Conv" else np.array(s) for o, _, s in steps]
+    model = _chained(steps, extras, feeds)
+    casts = [a["to"] for o, a, _ in steps if o == "Cast"]
+    if TensorProto.DOUBLE not in casts:
+        return Example(name, model, feeds)
+    kept = [n for n, (op, _, _) in enumerate(steps) if op != "Cast"]
+    single = _chained([steps[n] for n in kept], [extras[n] for n in kept], feeds)
+    return Example(name, model, feeds, Example(name, single, feeds).expected())
+
+
+def _chained(
+    steps: Sequence[Step], extras: Sequence[np.ndarray | None], feeds: dict[str, np.ndarray]
+) -> onnx.ModelProto:
+    value, dtype = "x", np.dtype(np.float32)
+    weights: dict[str, np.ndarray] = {}
+    nodes = []
+    for number, ((op, attributes, _), extra) in enumerate(zip(steps, extras, strict=True)):
+        inputs = [value]
+        if op == "Cast":
+            dtype = helper.tensor_dtype_to_np_dtype(attributes["to"])
+        if extra is not None:
+            inputs.append(f"extra{number}")
+            weights[inputs[-1]] = extra.astype(dtype) if op == "Conv" else extra
+        value = f"value{number}"
+        nodes.append(helper.make_node(op, inputs, [value], **attributes))
+    return model_of(nodes, feeds, [value], weights)
+
+
+def _operands() -> list[Example]:
+    """Elementwise operators whose other operand is a weight, a scalar, a channel, a plain tensor, a blocked one."""
+    random = np.random.default_rng(0)
+
+    def data(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape).astype(np.float32)
+
+    feeds = {"x": data(2, 16, 5, 6), "r": data(2, 32, 5, 6), "s": data(1, 32, 1, 1), "t": data(6)}
+    weights = {"w": data(32, 16, 1, 1), "v": data(32, 32, 1, 1), "c": data(32, 1, 1), "full": data(2, 32, 5, 6)}
+    weights |= {"one": np.array(0.5, np.float32), "slope": data(32, 1, 1), "image": data(1, 32, 5, 6)}
+    made = []
+    for other in ("r", "s", "t", "c", "full", "one", "image", "z"):
+        used = ["y", "z"] if other == "z" else ["y", other]
+        for pair in (used, used[::-1]):
+            nodes = [
+                helper.make_node("Conv", ["x", "w"], ["y"]),
+                helper.make_node("Conv", ["y", "v"], ["z"]),
+                helper.make_node("Sub", pair, ["a"]),
+                helper.make_node("PRelu", ["a", "slope"], ["b"]),
+                helper.make_node("Conv", ["b", "v"], ["d"]),
+            ]
+            made.append(Example(f"{pair}", model_of(nodes, feeds, ["b", "d"], weights), feeds))
+    return made
+
+
+FAMILIES: list[Callable[[], list[Example]]] = [
+    ranks, channels, groups, automatic_padding, other_types, symbolic, surroundings,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
+def test_convolutions(family: Callable[[], list[Example]], profile: str) -> None:
+    check(family(), profile)
+
+
+def test_window_extents_and_positions() -> None:
+    window = Window((3, 2), (2, 1), (1, 4))
+    assert [int(e) for e in window.output((11, 9))] == [5, 5]
+
+
+def test_packed_filters_hold_each_group_apart() -> None:
+    w = np.arange(6 * 4 * 3.0).reshape(6, 4, 3)
+    filters = pack_filters(w, groups=2, block=2, columns=2)
+    assert filters.shape == (4, 2, 3, 2, 2)
+    for panel, first in enumerate((0, 2, 3, 5)):
+        np.testing.assert_array_equal(filters[panel, 1, 2, 1, 0], w[first, 3, 2])
+    np.testing.assert_array_equal(filters[1, ..., 1], 0)
