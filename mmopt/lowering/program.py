@@ -14,7 +14,7 @@ from tvm.ir import GlobalVar
 from mmopt.backends.compute import LoopResult, Reduction, Tensor
 from mmopt.backends.cpu.emit import Kernel, KernelEmitter
 from mmopt.backends.profile import Profile
-from mmopt.lowering.values import ConstantSource, NotLowered, Value
+from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, narrow_bits
 
 
 class ProgramBuilder:
@@ -98,7 +98,11 @@ class ProgramBuilder:
             data = np.asarray(tensor.numpy())
             if tensor.dtype in (ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128):
                 raise NotLowered(f"a constant of type {tensor.dtype.name}")
-            self._constants[id(tensor)] = (tensor, Value(constant=data, name=name))
+            if (bits := narrow_bits(tensor.dtype)) is not None:
+                data = data.astype(dtype_name(tensor.dtype))
+            value = Value(constant=data, name=name)
+            value.bits = bits
+            self._constants[id(tensor)] = (tensor, value)
         return self._constants[id(tensor)][1]
 
     def packed(self, value: Value, key: Hashable, pack: Callable[[np.ndarray], np.ndarray]) -> ConstantSource:

@@ -9,7 +9,7 @@ from tvm.ir import Expr
 
 from mmopt.lowering.ops.elementwise import HALF_DTYPES, elementwise, follow, is_float, truth
 from mmopt.lowering.registry import OpNode, lowers
-from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Value, dtype_name
+from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Value, dtype_name, narrow_bits
 
 _FOLLOWED = frozenset({"int64", "int32", "bool"})
 
@@ -17,13 +17,24 @@ _FOLLOWED = frozenset({"int64", "int32", "bool"})
 @lowers("Cast")
 def cast(node: OpNode) -> Value:
     """Elements as another type."""
-    return converted(node, node.input(0), dtype_name(ir.DataType(node.attr("to"))))
+    to = ir.DataType(node.attr("to"))
+    return narrowed(node, converted(node, node.input(0), dtype_name(to)), narrow_bits(to))
 
 
 @lowers("CastLike")
 def cast_like(node: OpNode) -> Value:
     """Elements as the type of the second operand."""
-    return converted(node, node.input(0), node.input(1).dtype)
+    return narrowed(node, converted(node, node.input(0), node.input(1).dtype), node.input(1).bits)
+
+
+def narrowed(node: OpNode, value: Value, bits: int | None) -> Value:
+    """Only the lowest ``bits`` of every byte, with their sign; all of them when ``None``."""
+    if bits is None:
+        return value if value.bits is None else elementwise(node, [value], lambda x: x, name="widen")
+    unused = tirx.const(8 - bits, value.dtype)
+    made = elementwise(node, [value], lambda x: tirx.shift_right(tirx.shift_left(x, unused), unused), name="narrow")
+    made.bits = bits
+    return made
 
 
 def converted(node: OpNode, value: Value, dtype: str) -> Value:
@@ -63,10 +74,11 @@ def _to_integer(x: Expr, dtype: str) -> Expr:
     return x.astype("int64" if dtype == "uint32" else "int32").astype(dtype)
 
 
-def saturated(x: Expr, dtype: str) -> Expr:
-    """A float rounded already, bounded to the range of an integer type and converted."""
+def saturated(x: Expr, dtype: str, bits: int | None = None) -> Expr:
+    """A float rounded already, bounded to the range of an integer type (of ``bits``, when less) and converted."""
     info = np.iinfo(dtype)
-    low, high = tirx.const(float(info.min), str(x.ty)), tirx.const(float(info.max), str(x.ty))
+    drop = 0 if bits is None else info.bits - bits
+    low, high = (tirx.const(float(limit >> drop), str(x.ty)) for limit in (int(info.min), int(info.max)))
     return _to_integer(tirx.max(tirx.min(x, high), low), dtype)
 
 

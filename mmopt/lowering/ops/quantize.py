@@ -16,7 +16,7 @@ from mmopt.lowering.ops.extents import i64, known
 from mmopt.lowering.ops.pooling import placed, windows_of
 from mmopt.lowering.ops.reduction import LARGEST, SMALLEST, Rule, over
 from mmopt.lowering.registry import OpNode, lowers
-from mmopt.lowering.values import NotLowered, Value, dtype_name, static_shape
+from mmopt.lowering.values import NotLowered, Value, dtype_name, narrow_bits, static_shape
 
 Parameter = Callable[[Sequence[Expr]], Expr]
 """Gives a scale or zero point at an index of the tensor it belongs to."""
@@ -36,11 +36,11 @@ def parameter(node: OpNode, value: Value, data: Value) -> Parameter:
     return lambda at: value.tensor[(*at[:axis], tirx.floordiv(at[axis], i64(block)), *at[axis + 1 :])]
 
 
-def rounded(x: Expr, scale: Expr, zero: Expr | None, dtype: str) -> Expr:
+def rounded(x: Expr, scale: Expr, zero: Expr | None, dtype: str, bits: int | None = None) -> Expr:
     """``saturate(round(x / scale) + zero)``, halves to even."""
     wide = str(x.ty)
     quotient = tirx.nearbyint(x / scale)
-    return saturated(quotient if zero is None else quotient + zero.astype(wide), dtype)
+    return saturated(quotient if zero is None else quotient + zero.astype(wide), dtype, bits)
 
 
 @lowers("QuantizeLinear")
@@ -49,6 +49,7 @@ def quantize_linear(node: OpNode) -> Value:
     data, scale, zero = node.input(0), node.input(1), node.optional(2)
     chosen = node.attr("output_dtype", 0)
     dtype = zero.dtype if zero is not None else dtype_name(ir.DataType(chosen)) if chosen else "uint8"
+    bits = zero.bits if zero is not None else narrow_bits(ir.DataType(chosen)) if chosen else None
     if "int" not in dtype:
         raise NotLowered(f"quantization to {dtype}")
     step = parameter(node, scale, data)
@@ -58,9 +59,11 @@ def quantize_linear(node: OpNode) -> Value:
 
     def body(*at: Expr) -> Expr:
         x = data.tensor[at].astype(wide)
-        return rounded(x, step(at).astype(wide), offset(at) if offset is not None else None, dtype)
+        return rounded(x, step(at).astype(wide), offset(at) if offset is not None else None, dtype, bits)
 
-    return Value(Map(data.shape, dtype, body, "quantize"), name=node.name)
+    made = Value(Map(data.shape, dtype, body, "quantize"), name=node.name)
+    made.bits = bits
+    return made
 
 
 @lowers("DequantizeLinear")
