@@ -7,7 +7,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmopt.conditioning import rounding_noise
 from mmopt.errors import UserError, VerifyError, did_you_mean
 from mmopt.ir.evaluate import ReferenceRunner, is_random
 from mmopt.ir.module import Module
@@ -24,8 +23,6 @@ from mmopt.pipeline.validation import (
 from mmopt.runnable import Inputs, Runnable
 
 _PROBES = 2
-_UNSTEADY = 10.0
-"""Times the tolerance that an error may be where rounding of the inputs alone moves the output as far."""
 _COARSEST = ("float64", "float32", "float16", "bfloat16", "8-bit")
 
 
@@ -117,11 +114,8 @@ def compare_runnables(
         notes.append("the model draws random numbers: only shapes and dtypes were compared")
         bound = dataclasses.replace(bound, relative=math.inf)
     found: dict[str, list[OutputComparison]] = {}
-    for inputs_, expected, got in zip(batches, reference.run_all(batches), actual.run_all(batches), strict=True):
-        compared = compare_outputs(expected, got, bound)
-        if not all(comparison.ok for comparison in compared):
-            compared = _forgive_noise(compared, rounding_noise(reference, inputs_, seed=seed), notes)
-        for comparison in compared:
+    for expected, got in zip(reference.run_all(batches), actual.run_all(batches), strict=True):
+        for comparison in compare_outputs(expected, got, bound):
             found.setdefault(comparison.name, []).append(comparison)
     return Verification(
         actual=actual.label,
@@ -131,24 +125,6 @@ def compare_runnables(
         sets=len(batches),
         notes=tuple(notes),
     )
-
-
-def _forgive_noise(
-    compared: Sequence[OutputComparison], noise: Mapping[str, float], notes: list[str]
-) -> list[OutputComparison]:
-    """Accept errors a little beyond the tolerance where the reference itself is no steadier than that."""
-    result = []
-    for comparison in compared:
-        error, limit = comparison.max_abs_error, noise[comparison.name]
-        near = comparison.relative_error <= _UNSTEADY * comparison.tolerance and not comparison.misplaced
-        if not comparison.ok and near and 0 < error <= limit < math.inf:
-            notes.append(
-                f"output {comparison.name!r} is off by {comparison.relative_error:.2g} of its range, no more than it"
-                " moves by when the inputs change in the last place"
-            )
-            comparison = dataclasses.replace(comparison, reason="")
-        result.append(comparison)
-    return result
 
 
 def _check_names(actual: Runnable, reference: Runnable) -> None:

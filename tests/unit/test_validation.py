@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.pipeline.base import Fidelity
 from mmopt.pipeline.validation import Tolerance, compare, compare_outputs, tolerance_for, working_precision, worst
+from tests.canonical import module_from
 from tests.pass_models import FLOAT, audio_model, make_module
 
 EXACT, ROUNDING, LOSSY = Fidelity.EXACT, Fidelity.ROUNDING, Fidelity.LOSSY
@@ -61,6 +63,20 @@ def test_outputs_far_from_zero_are_granted_their_last_places():
     a = np.float32(1e6) + np.linspace(0, 1, 50, dtype=np.float32)
     assert compare(a, a + np.float32(0.0625), EXACT).ok
     assert not compare(a, a + np.float32(2), EXACT).ok
+
+
+def test_small_probabilities_are_as_exact_as_the_reference_makes_them():
+    # What decides on tolerance is the grain of the values that onnxruntime's sigmoid gives.
+    x = np.array([-8.5, -8.3, -8.4], np.float32)
+    module = module_from("g (float[3] x) => (float[3] y) { y = Sigmoid(x) }")
+    with ReferenceRunner(threads=1) as runner:
+        reference = np.asarray(runner.run(module, {"x": x})["y"])
+    exact = (1 / (1 + np.exp(-x.astype(np.float64)))).astype(np.float32)
+    found = compare(reference, exact, Fidelity.ROUNDING)
+    assert found.ok
+    assert found.relative_error > 1e-4
+    assert not compare(exact, reference, Fidelity.ROUNDING).ok
+    assert not compare(reference, reference + np.float32(3e-7), Fidelity.ROUNDING).ok
 
 
 def test_mask_values_do_not_hide_errors_in_the_rest():
