@@ -93,7 +93,8 @@ class _Scope:
     def __init__(self, bind: bool) -> None:
         self.bind = bind
         self.binds: list[Stmt] = []
-        self.known: dict[tuple[int, tuple[int, ...]], Expr] = {}
+        # Tensors and indices that a rule makes on the way stay alive here: what replaced them could look the same.
+        self.known: dict[tuple[Tensor, tuple[int, ...]], tuple[tuple[Expr, ...], Expr]] = {}
 
 
 class KernelEmitter:
@@ -128,14 +129,14 @@ class KernelEmitter:
 
     def _inline(self, tensor: Map, indices: tuple[Expr, ...]) -> Expr:
         scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
-        key = (id(tensor), tuple(structural_hash(i) for i in indices))
+        key = (tensor, tuple(structural_hash(i) for i in indices))
         if key in scope.known:
-            return scope.known[key]
+            return scope.known[key][1]
         value = self.untangled(tensor.body(*indices))
         if scope.bind and not isinstance(value, tirx.IntImm | tirx.FloatImm | tirx.Var):
             statement, value = keep(value, tensor.name)
             scope.binds.append(statement)
-        scope.known[key] = value
+        scope.known[key] = (indices, value)
         return value
 
     def untangled(self, value: Expr) -> Expr:

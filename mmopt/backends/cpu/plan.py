@@ -49,11 +49,11 @@ class Tracer:
     def __init__(self, stops: set[Tensor] | None = None) -> None:
         self.stops = stops
         self.reads: list[Read] = []
-        self._inlined: dict[tuple[int, tuple[str, ...]], Expr] = {}
+        self._inlined: dict[tuple[Tensor, tuple[str, ...]], Expr] = {}
 
     def load(self, tensor: Tensor, indices: tuple[Expr, ...]) -> Expr:
         if self.stops is not None and isinstance(tensor, Map) and tensor not in self.stops:
-            key = (id(tensor), tuple(str(i) for i in indices))
+            key = (tensor, tuple(str(i) for i in indices))
             if key not in self._inlined:
                 self._inlined[key] = tensor.body(*indices)
             return self._inlined[key]
