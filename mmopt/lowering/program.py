@@ -33,7 +33,7 @@ class ProgramBuilder:
         self._registry = relax.BlockBuilder()
         self._functions: dict[str, relax.Function] = {}
         self._constants: dict[int, tuple[ir.TensorProtocol, Value]] = {}
-        self._packed: dict[tuple[int, Hashable], ConstantSource] = {}
+        self._packed: dict[tuple[int, Hashable], tuple[np.ndarray, ConstantSource]] = {}
         self._keys: dict[ConstantSource, str] = {}
         self._names: set[str] = set()
 
@@ -116,8 +116,9 @@ class ProgramBuilder:
         assert value.constant is not None
         at = (id(value.constant), key)
         if at not in self._packed:
-            self._packed[at] = ConstantSource(np.ascontiguousarray(pack(value.constant)), value.name)
-        return self._packed[at]
+            made = ConstantSource(np.ascontiguousarray(pack(value.constant)), value.name)
+            self._packed[at] = value.constant, made  # the array stays alive, for another one would get its id
+        return self._packed[at][1]
 
     def weight_key(self, source: ConstantSource) -> str:
         """Key of a weight in the artifact."""

@@ -30,8 +30,9 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
         left = context.reshape(a, (1, *a.shape)) if a.ndim == 1 else a
         right = context.reshape(b, (*b.shape, 1)) if b.ndim == 1 else b
         full = product_of(node, left, right)
-        shape = [*full.shape[:-2], *([] if a.ndim == 1 else [full.shape[-2]]), *([] if b.ndim == 1 else [full.shape[-1]])]
-        return context.reshape(full, shape)
+        rows = [] if a.ndim == 1 else [full.shape[-2]]
+        columns = [] if b.ndim == 1 else [full.shape[-1]]
+        return context.reshape(full, [*full.shape[:-2], *rows, *columns])
     if a.dtype not in _TEMPLATE_DTYPES:
         return _plain(node, a, b)
     if b.constant is not None and b.ndim == 2 and static(b.shape[1]):
@@ -40,11 +41,10 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
         return _plain(node, a, b)
     context.realize([a, b], "operand")
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
-    columns = static(b.shape[-1])
-    tile = choose_tile(context.program.profile, a.dtype, static(a.shape[-2]), columns or 1 << 20)
-    nest = Matmul(
-        context.tensor(a), context.tensor(b), batch=batch, rows=a.shape[-2], columns=b.shape[-1], depth=a.shape[-1], tile=tile, panels=False
-    )
+    rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
+    tile = choose_tile(context.program.profile, a.dtype, static(rows), static(columns) or 1 << 20)
+    left, right = context.tensor(a), context.tensor(b)
+    nest = Matmul(left, right, batch=batch, rows=rows, columns=columns, depth=depth, tile=tile, panels=False)
     return Value(nest.output, name=node.name)
 
 
@@ -89,12 +89,13 @@ def _plain(node: OpNode, a: Value, b: Value) -> Value:
 
     def body(*at: object) -> object:
         *outer, i, j, k = at
-        x = read(left, (*outer, i, k), (*batch, a.shape[-2], a.shape[-1]))  # type: ignore[arg-type]
-        y = read(right, (*outer, k, j), (*batch, a.shape[-1], b.shape[-1]))  # type: ignore[arg-type]
+        x = read(left, (*outer, i, k), (*batch, a.shape[-2], a.shape[-1]))
+        y = read(right, (*outer, k, j), (*batch, a.shape[-1], b.shape[-1]))
         return x.astype(wide) * y.astype(wide)
 
     total = Reduction(shape, (a.shape[-1],), (wide,), body, SUM, name="matmul")
-    return Value(total if wide == a.dtype else Map(shape, a.dtype, lambda *at: total[at].astype(a.dtype)), name=node.name)
+    narrow = total if wide == a.dtype else Map(shape, a.dtype, lambda *at: total[at].astype(a.dtype))
+    return Value(narrow, name=node.name)
 
 
 def context_tensors(node: OpNode, a: Value, b: Value) -> tuple[Value, Value]:

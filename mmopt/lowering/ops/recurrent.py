@@ -123,7 +123,8 @@ class _Layer:
         if self.w.constant is not None:
             data = self.arrange(self.w.constant, range(self.gates))
             key = ("input", self.gates, self.lanes)
-            packed = self.node.context.program.packed(self.w, key, lambda _: np.moveaxis(data, -1, 0).reshape(-1, width))
+            pack = lambda _: np.moveaxis(data, -1, 0).reshape(-1, width)  # noqa: E731
+            packed = self.node.context.program.packed(self.w, key, pack)
             return Value(constant=packed.data, name=f"{self.w.name}.arranged")
         w = self.node.context.tensor(self.w)
 
@@ -177,8 +178,8 @@ class _Layer:
         if self.r.constant is not None:
 
             def pack(weight: np.ndarray) -> np.ndarray:
-                data = self.arrange(weight, gates)
-                return np.moveaxis(data, -1, 2).reshape(self.directions, self.panels, self.hidden, len(gates) * self.lanes)
+                data = np.moveaxis(self.arrange(weight, gates), -1, 2)
+                return data.reshape(self.directions, self.panels, self.hidden, len(gates) * self.lanes)
 
             return context.program.packed(self.r, ("recurrent", tuple(gates), self.lanes), pack)
         r = context.tensor(self.r)
@@ -193,7 +194,9 @@ class _Layer:
         shape = (index(self.directions), index(self.panels), index(self.hidden), index(len(gates) * self.lanes))
         return context.dense(Value(Map(shape, self.r.dtype, body, "arrange")))
 
-    def run(self, cell: Cell, x: Tensor, r: Tensor, late_r: Tensor | None, c0: Tensor | None, extra: Sequence[Tensor]) -> list[Value]:
+    def run(
+        self, cell: Cell, x: Tensor, r: Tensor, late_r: Tensor | None, c0: Tensor | None, extra: Sequence[Tensor]
+    ) -> list[Value]:
         """Emit the recurrence and give Y, Y_h and, for LSTM, Y_c."""
         lengths = None if self.lengths is None else self.node.context.dense(self.lengths)
         nest = Recurrence(
@@ -245,8 +248,7 @@ def _swap(node: OpNode, value: Value) -> Value:
 def lstm(node: OpNode) -> list[Value]:
     """Gates in ONNX's order: input, output, forget, cell."""
     layer = _Layer(node, 4, ("Sigmoid", "Tanh", "Tanh"))
-    if node.attr("input_forget", 0):
-        raise NotLowered("LSTM with coupled input and forget gates")
+    coupled = bool(node.attr("input_forget", 0))
     peepholes = None if node.optional(7) is None else node.context.dense(node.input(7))
 
     def peep(point: Point, which: int, c: Expr) -> Expr | None:
@@ -262,7 +264,7 @@ def lstm(node: OpNode) -> list[Value]:
         c, d, bind = point.c, point.direction, _Bindings()
         assert c is not None
         i = bind(layer.act(0, d, total(point, 0, products[0], peep(point, 0, c))))
-        f = bind(layer.act(0, d, total(point, 2, products[2], peep(point, 2, c))))
+        f = bind(_const(i, 1) - i if coupled else layer.act(0, d, total(point, 2, products[2], peep(point, 2, c))))
         g = bind(layer.act(1, d, total(point, 3, products[3], None)))
         new_c = bind(f * c + i * g)
         o = bind(layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c))))

@@ -182,7 +182,7 @@ class _Line:
             return nest.filters[(self.panel, c, *rest, n * nest.tile.lanes + v)]
 
         def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
-            return self.sink((self.image, self.first_block + n, *self._place(start + i), v), value)  # type: ignore[no-any-return]
+            return self.sink((self.image, self.first_block + n, *self._place(start + i), v), value)
 
         depth = nest.filters.shape[1:-1]
         return tile.emit(depth, a, b, deliver)

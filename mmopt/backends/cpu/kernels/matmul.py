@@ -188,8 +188,8 @@ class _Panel:
 
     def _deliver(self, row: Expr, column: Expr, value: Expr) -> Stmt:
         if len(self.nest.out_rows) == len(self.nest.batch) + 1:
-            return self.sink((*self.at, row, column), value)  # type: ignore[no-any-return]
-        return self.sink((*split_index(row, self.nest.out_rows), column), value)  # type: ignore[no-any-return]
+            return self.sink((*self.at, row, column), value)
+        return self.sink((*split_index(row, self.nest.out_rows), column), value)
 
 
 def batch_extents(shape: Sequence[Expr | int]) -> tuple[Expr, ...]:

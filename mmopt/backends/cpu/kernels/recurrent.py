@@ -28,6 +28,7 @@ from mmopt.backends.expressions import simplify
 PARALLEL_UNITS = 128
 """Hidden units from which forking threads at every step pays."""
 
+
 @dataclasses.dataclass(frozen=True)
 class Cell:
     """What distinguishes the recurrent operators.
@@ -148,7 +149,9 @@ class Recurrence(LoopNest):
 class _Run:
     """Every step of one direction for one tile of the batch."""
 
-    def __init__(self, nest: Recurrence, sinks: Sequence[Sink], direction: int, first: Expr, rows: int, by_panel: bool) -> None:
+    def __init__(
+        self, nest: Recurrence, sinks: Sequence[Sink], direction: int, first: Expr, rows: int, by_panel: bool
+    ) -> None:
         self.nest, self.sinks, self.direction = nest, sinks, direction
         self.first, self.rows, self.by_panel = first, rows, by_panel
         whole = static(nest.batch)
@@ -162,9 +165,8 @@ class _Run:
 
     def emit(self) -> Stmt:
         buffers = [b for b in (self.h, self.c, self.z, self.rh) if b is not None]
-        return seq(
-            *(tirx.AllocBuffer(b) for b in buffers), self._start(), loop(self.nest.steps, self._step, name="t"), self._end()
-        )
+        steps = loop(self.nest.steps, self._step, name="t")
+        return seq(*(tirx.AllocBuffer(b) for b in buffers), self._start(), steps, self._end())
 
     def _row(self, i: Expr) -> Expr:
         """Position in the batch of row ``i``; a legal one for rows beyond the batch."""
@@ -187,13 +189,20 @@ class _Run:
         return loops([i64(self.rows), i64(nest.panels * nest.lanes)], unit, "s")
 
     def _end(self) -> Stmt:
+        """Last states; zeros for a sequence without steps, as onnxruntime has it (the standard leaves it open)."""
         nest = self.nest
         parity = tirx.floormod(nest.steps, i64(2))
 
+        def given(i: Expr, value: Expr) -> Expr:
+            if nest.lengths is None:
+                return value
+            length = nest.lengths[(self.first + i,)]
+            return tirx.Select(length > tirx.const(0, nest.lengths.dtype), value, tirx.const(0, nest.y.dtype))
+
         def unit(i: Expr, u: Expr) -> Stmt:
             at = (i64(self.direction), self.first + i, u)
-            done = self.sinks[1](at, self.h[parity, i, u])
-            return seq(done, None if self.c is None else self.sinks[2](at, self.c[i, u]))
+            done = self.sinks[1](at, given(i, self.h[parity, i, u]))
+            return seq(done, None if self.c is None else self.sinks[2](at, given(i, self.c[i, u])))
 
         count = i64(self.rows) if self.limit is None else tirx.min(i64(self.rows), self.limit)
         return loops([count, i64(nest.hidden)], unit, "e")
@@ -214,11 +223,13 @@ class _Run:
         if not cell.late:
             return gates
         late_r, rh = nest.late_r, self.rh
-        assert late_r is not None and rh is not None
-        late = loop(
-            i64(nest.panels), lambda p: self._panel(t, old, p, late_r, cell.late, lambda i, k: rh[i, k], cell.update), kind, "panel"
-        )
-        return seq(gates, late)
+        assert late_r is not None
+        assert rh is not None
+
+        def late(panel: Expr) -> Stmt:
+            return self._panel(t, old, panel, late_r, cell.late, lambda i, k: rh[i, k], cell.update)
+
+        return seq(gates, loop(i64(nest.panels), late, kind, "panel"))
 
     def _panel(
         self,
@@ -231,6 +242,7 @@ class _Run:
         update: Callable[[Point, Sequence[Expr]], Stmt],
     ) -> Stmt:
         nest = self.nest
+
         def b(n: Expr, v: Expr, k: Expr) -> Expr:
             return weights[(i64(self.direction), panel, k, n * nest.lanes + v)]
 
@@ -281,7 +293,8 @@ class _Run:
             return put(self.c, [i, unit], value, self.c[i, unit])
 
         def set_first(z: Expr, rh: Expr) -> Stmt:
-            assert self.z is not None and self.rh is not None
+            assert self.z is not None
+            assert self.rh is not None
             return seq(tirx.BufferStore(self.z, z, [i, unit]), tirx.BufferStore(self.rh, rh, [i, unit]))
 
         def x(gate: int) -> Expr:
@@ -304,7 +317,7 @@ class _Run:
         """Y at this step; zero beyond the end of a sequence."""
         nest = self.nest
         if live is None:
-            return self.sinks[0]((where, i64(self.direction), row, unit), value)  # type: ignore[no-any-return]
+            return self.sinks[0]((where, i64(self.direction), row, unit), value)
         at = tirx.Select(live, where, t)
         masked = tirx.Select(live, value, tirx.const(0, nest.y.dtype))
-        return self.sinks[0]((at, i64(self.direction), row, unit), masked)  # type: ignore[no-any-return]
+        return self.sinks[0]((at, i64(self.direction), row, unit), masked)
