@@ -85,7 +85,10 @@ def main() -> None:
         series = 1 / 3 - f / 4 + f**2 / 5 - f**3 / 6
         return np.where(np.abs(f) < 1e-3, series, (np.log1p(safe) - safe + safe**2 / 2) / safe**3)
 
-    show("LOG", fit(log_tail, np.sqrt(0.5) - 1, np.sqrt(2) - 1, 8, lambda f: f**3 / np.log1p(np.where(f == 0, 1e-9, f))))
+    def log_weight(f: np.ndarray) -> np.ndarray:
+        return f**3 / np.log1p(np.where(f == 0, 1e-9, f))
+
+    show("LOG", fit(log_tail, np.sqrt(0.5) - 1, np.sqrt(2) - 1, 8, log_weight))
 
 
 if __name__ == "__main__":

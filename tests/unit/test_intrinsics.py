@@ -59,7 +59,8 @@ def test_error_is_at_most_two_units_in_the_last_place(name: str) -> None:
         same = rounded.astype(np.float64) == got
         error = np.where(same, 0.0, np.abs(got - exact) / unit)
     worst = int(np.argmax(error))
-    assert error[worst] <= 2.0, f"{name}({x[worst]!r}) = {got[worst]!r}, exactly {exact[worst]!r}: {error[worst]:.2f} ulp"
+    report = f"{name}({x[worst]!r}) = {got[worst]!r}, exactly {exact[worst]!r}: {error[worst]:.2f} ulp"
+    assert error[worst] <= 2.0, report
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))

@@ -32,7 +32,7 @@ def test_unknown_name_suggests_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('vector_byte = 32', "vector_bytes"),
+        ("vector_byte = 32", "vector_bytes"),
         ('vector_bytes = "32"', "must be a int"),
         ("vector_bytes = 24", "16, 32 or 64"),
         ("cores = 0", "positive"),

@@ -185,4 +185,3 @@ def _output_lanes(kernel: KernelEmitter, shape: _Shape, at: tuple[Expr, ...], ex
     if size is not None and size < block:
         return lanes(extent, "vectorized")
     return tirx.IfThenElse(start + block <= extent, full, rest)
-

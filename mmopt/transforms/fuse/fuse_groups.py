@@ -5,30 +5,85 @@
 The function's body is the subgraph it replaces, so the model stays standard ONNX and means the same in any runtime; a
 target maps the function to one kernel. Groups grow in topological order. An *anchor* (matrix product, convolution)
 takes the elementwise operators that only its result needs; a *row* operator (softmax, normalization) takes elementwise
-operators before and after it; elementwise operators alone form an *island*. A group never computes anything twice and
-never closes a cycle.
+operators before and after it; elementwise operators alone form an *island*. A group never computes anything twice. It
+takes the place of its last node, so no node that stands before may need what the group makes: this rules out cycles.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 import onnx_ir as ir
 
 from mmopt.ir.module import FUSED_DOMAIN, Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 
-ELEMENTWISE = frozenset(
-    "Add Sub Mul Div Pow Min Max Neg Abs Exp Log Sqrt Reciprocal Erf Tanh Sigmoid Relu LeakyRelu PRelu Clip Gelu HardSwish "
-    "HardSigmoid Softplus Softsign Mish Swish Elu Selu Celu ThresholdedRelu Cast Where Equal Greater GreaterOrEqual Less "
-    "LessOrEqual Not And Or Xor IsNaN IsInf Sin Cos Sign Floor Ceil Round".split()
+ARITHMETIC = frozenset(
+    {
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Pow",
+        "Min",
+        "Max",
+        "Neg",
+        "Abs",
+        "Sign",
+        "Reciprocal",
+        "Sqrt",
+        "Exp",
+        "Log",
+        "Erf",
+        "Sin",
+        "Cos",
+        "Floor",
+        "Ceil",
+        "Round",
+    }
 )
+ACTIVATIONS = frozenset(
+    {
+        "Tanh",
+        "Sigmoid",
+        "Relu",
+        "LeakyRelu",
+        "PRelu",
+        "Clip",
+        "Gelu",
+        "HardSwish",
+        "HardSigmoid",
+        "Softplus",
+        "Softsign",
+        "Mish",
+        "Swish",
+        "Elu",
+        "Selu",
+        "Celu",
+        "ThresholdedRelu",
+    }
+)
+CHOICES = frozenset(
+    {
+        "Cast",
+        "Where",
+        "Equal",
+        "Greater",
+        "GreaterOrEqual",
+        "Less",
+        "LessOrEqual",
+        "Not",
+        "And",
+        "Or",
+        "Xor",
+        "IsNaN",
+        "IsInf",
+    }
+)
+ELEMENTWISE = ARITHMETIC | ACTIVATIONS | CHOICES
 ANCHORS = frozenset({"MatMul", "Gemm", "Conv"})
 ROWS = frozenset({"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"})
-
-SEARCH = 256
-"""Nodes looked at when ruling out a cycle; beyond that the operator stays out of the group."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,7 +92,6 @@ class Group:
 
     nodes: list[ir.Node]
     kind: str
-    first: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +108,18 @@ class FuseGroups(Pass):
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Outline every group of at least two operators in the main graph."""
-        builder = _Grouping(module.graph, self.max_nodes)
-        groups = [g for g in builder.groups() if len(g.nodes) > 1]
         outliner = _Outliner(module)
-        for group in groups:
-            call = outliner.outline(group.nodes)
-            self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
-        for node, reason in builder.missed:
+        while True:
+            grouping = _Grouping(module.graph, self.max_nodes)
+            groups = [g for g in grouping.groups() if len(g.nodes) > 1]
+            if not groups:
+                break
+            for group in groups:
+                call = outliner.outline(group.nodes)
+                self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
+        for node, reason in grouping.missed:
             self.remark(context, "missed", str(node.name), reason)
-        if groups:
-            module.graph.sort()
-        return bool(groups)
+        return outliner.calls > 0
 
 
 class _Grouping:
@@ -72,7 +127,7 @@ class _Grouping:
 
     def __init__(self, graph: ir.Graph, max_nodes: int) -> None:
         self.graph, self.max_nodes = graph, max_nodes
-        self.position = {node: n for n, node in enumerate(graph)}
+        self.position = {inner: n for n, node in enumerate(graph) for inner in (node, *_inside(node))}
         self.group_of: dict[ir.Node, Group] = {}
         self.missed: list[tuple[ir.Node, str]] = []
 
@@ -83,7 +138,7 @@ class _Grouping:
                 continue
             group = self._join(node, kind) if kind != "anchor" else None
             if group is None:
-                group = Group([], kind, self.position[node])
+                group = Group([], kind)
             group.nodes.append(node)
             if kind == "row":
                 group.kind = "row"
@@ -112,47 +167,26 @@ class _Grouping:
             return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
         if group.kind == "anchor" and not all(_sole_use(v, node) for v in _made(group, node)):
             return f"the result of {group.nodes[-1].name} is needed elsewhere too"
-        if self._cycle(group, node):
-            return f"another input depends on {group.nodes[0].name}"
+        before = self._needed_before(group, node)
+        return None if before is None else f"{before.name}, which stands before it, needs a result of the group"
+
+    def _needed_before(self, group: Group, node: ir.Node) -> ir.Node | None:
+        """A node outside the group that needs one of its results and stands before ``node``."""
+        members = set(group.nodes)
+        for value in (o for n in group.nodes for o in n.outputs):
+            for user, _ in value.uses():
+                if user not in members and self.position[user] < self.position[node]:
+                    return user
         return None
 
-    def _cycle(self, group: Group, node: ir.Node) -> bool:
-        """Whether an input from outside the group depends on the group (or too much would have to be searched)."""
-        members = set(group.nodes)
-        pending = [p for v in node.inputs if v is not None and (p := v.producer()) is not None and p not in members]
-        seen: set[ir.Node] = set()
-        while pending:
-            producer = pending.pop()
-            if producer in seen or self.position.get(producer, -1) < group.first:
-                continue
-            if len(seen) > SEARCH:
-                return True
-            seen.add(producer)
-            for value in _reads(producer):
-                before = value.producer()
-                if before is None:
-                    continue
-                if before in members:
-                    return True
-                pending.append(before)
-                pending.extend(n for n in self._with_group(before) if n not in seen)
-        return False
 
-    def _with_group(self, node: ir.Node) -> list[ir.Node]:
-        """Other members of the node's group: contracted, they count as one."""
-        group = self.group_of.get(node)
-        return group.nodes if group is not None else []
-
-
-def _reads(node: ir.Node) -> Iterable[ir.Value]:
-    """Inputs of a node and everything its subgraphs take from outside."""
-    yield from (v for v in node.inputs if v is not None)
+def _inside(node: ir.Node) -> Iterator[ir.Node]:
+    """Nodes of the graphs a node holds, at any depth."""
     for attribute in node.attributes.values():
-        graphs = attribute.value if attribute.type == ir.AttributeType.GRAPHS else [attribute.value]
-        if attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
-            for graph in graphs:
-                for inner in ir.traversal.RecursiveGraphIterator(graph):
-                    yield from (v for v in inner.inputs if v is not None)
+        if attribute.type == ir.AttributeType.GRAPH:
+            yield from attribute.as_graph().all_nodes()
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            yield from (inner for graph in attribute.as_graphs() for inner in graph.all_nodes())
 
 
 def _kind(node: ir.Node) -> str | None:

@@ -70,7 +70,10 @@ def _balanced(profile: Profile, rows: int | None, vectors: int, lanes: int) -> T
 
 
 def _cycles(tile: Tile, rows: int, columns: int) -> float:
-    """Cycles of one step of the depth over ``rows`` × ``columns``: two multiply-adds or two loads a cycle, latency four."""
+    """Cycles of one step of the depth over ``rows`` × ``columns``.
+
+    Two multiply-adds or two loads a cycle; a result can be used again after four.
+    """
 
     def one(height: int, vectors: int) -> float:
         return max(height * vectors / 2, (height + vectors) / 2, 4.0) if height and vectors else 0.0
