@@ -79,7 +79,7 @@ def load_profile(target: str) -> Profile:
     """The profile called ``target``, or read from a TOML file.
 
     Args:
-        target: ``cpu`` for the machine this runs on, a name from :func:`profile_names`, or the path of a ``.toml`` file.
+        target: ``cpu`` for the machine this runs on, a name from :func:`profile_names`, or the path of a TOML file.
 
     Raises:
         UserError: No such profile, or its file is wrong.
