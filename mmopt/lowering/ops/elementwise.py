@@ -34,8 +34,12 @@ def is_one(extent: Expr) -> bool:
 
 
 def truth(value: Expr) -> Expr:
-    """``value`` as a boolean expression."""
-    return value if str(value.ty) == "bool" else tirx.NE(value, tirx.const(0, str(value.ty)))
+    """``value`` as a boolean expression; NaN is true."""
+    dtype = str(value.ty)
+    if dtype == "bool":
+        return value
+    other = tirx.NE(value, tirx.const(0, dtype))
+    return tirx.any(other, tirx.isnan(value)) if is_float(dtype) else other
 
 
 def accumulator(dtype: str) -> str:

@@ -143,7 +143,11 @@ def _denormalized(n: Expr, size: Expr, align: bool) -> Expr:
 
 
 def _into(x: Expr, size: Expr, mode: str, padding: str, align: bool) -> Expr:
-    """A position moved into the image where ``padding`` says so."""
+    """A position moved into the image where ``padding`` says so. Cubic weights go by the position as it is, as in
+    PyTorch, where this operator comes from: only the pixels are moved.
+    """
+    if mode == "cubic":
+        return x
     value = tirx.nearbyint(x) if mode == "nearest" else x
     low, high = _borders(size, str(x.ty), align)
     outside = tirx.any(value < low, value > high)
