@@ -363,4 +363,5 @@ def test_checking_a_large_graph_grows_linearly():
         return time.process_time() - started
 
     seconds(100)
-    assert seconds(8000) < 20 * max(seconds(1000), 0.02)
+    # Quadratic growth would be 64 times; processor time on a busy machine varies by a factor of two.
+    assert seconds(8000) < 30 * max(seconds(1000), 0.02)
