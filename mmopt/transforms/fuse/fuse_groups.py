@@ -107,19 +107,22 @@ class FuseGroups(Pass):
     max_nodes: int = 16
 
     def run(self, module: Module, context: PassContext) -> bool:
-        """Outline every group of at least two operators in the main graph."""
+        """Outline every group of at least two operators, in the main graph and in the bodies of its nodes."""
         outliner = _Outliner(module)
-        while True:
-            grouping = _Grouping(module.graph, self.max_nodes)
-            groups = [g for g in grouping.groups() if len(g.nodes) > 1]
-            if not groups:
-                break
-            for group in groups:
-                call = outliner.outline(group.nodes)
-                self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
-        for node, reason in grouping.missed:
+        changed = [self._fuse(graph, outliner, context) for graph in list(module.model.graphs())]
+        return any(changed)
+
+    def _fuse(self, graph: ir.Graph, outliner: _Outliner, context: PassContext) -> bool:
+        builder = _Grouping(graph, self.max_nodes)
+        groups = [g for g in builder.groups() if len(g.nodes) > 1]
+        for group in groups:
+            call = outliner.outline(graph, group.nodes)
+            self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
+        for node, reason in builder.missed:
             self.remark(context, "missed", str(node.name), reason)
-        return outliner.calls > 0
+        if groups:
+            graph.sort()
+        return bool(groups)
 
 
 class _Grouping:
@@ -163,7 +166,8 @@ class _Grouping:
         if kind == "row" and group.kind != "elementwise":
             return f"{node.op_type} cannot follow {group.kind} operators in one kernel"
         wanted = node.outputs[0].shape
-        if not _same_extents(wanted, group.nodes[-1].outputs[0].shape):
+        last = group.nodes[-1].outputs[0]
+        if not _same_extents(wanted, last.shape) and not (_is_unary(node) and node.inputs[0] is last):
             return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
         if group.kind == "anchor" and not all(_sole_use(v, node) for v in _made(group, node)):
             return f"the result of {group.nodes[-1].name} is needed elsewhere too"
@@ -195,7 +199,9 @@ def _kind(node: ir.Node) -> str | None:
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return None
     shape = node.outputs[0].shape
-    if shape is None or len(shape) == 0:
+    if shape is None:
+        return "anchor" if node.op_type in ANCHORS else "elementwise" if _is_unary(node) else None
+    if len(shape) == 0:
         return None
     if node.op_type in ROWS:
         return "row" if _last_axis(node) else None
@@ -204,6 +210,11 @@ def _kind(node: ir.Node) -> str | None:
     if node.op_type in ELEMENTWISE and _is_data(node):
         return "elementwise"
     return None
+
+
+def _is_unary(node: ir.Node) -> bool:
+    """Whether a node has one operand, whose shape its result has, known or not."""
+    return node.op_type in ELEMENTWISE and node.op_type != "Cast" and len(node.inputs) == 1
 
 
 def _last_axis(node: ir.Node) -> bool:
@@ -248,7 +259,8 @@ class _Outliner:
         self.known: dict[str, str] = {}
         self.calls = 0
 
-    def outline(self, nodes: Sequence[ir.Node]) -> ir.Node:
+    def outline(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> ir.Node:
+        """Replace ``nodes`` of ``graph`` by one call."""
         members = set(nodes)
         made = {o for n in nodes for o in n.outputs}
         inputs = list(dict.fromkeys(v for n in nodes for v in n.inputs if v is not None and v not in made))
@@ -261,7 +273,7 @@ class _Outliner:
         key = _signature(nodes, inputs, outputs)
         if key not in self.known:
             self.known[key] = self._define(nodes, inputs, outputs)
-        return self._call(self.known[key], nodes, inputs, outputs)
+        return self._call(graph, self.known[key], nodes, inputs, outputs)
 
     def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
         name = self._name(nodes)
@@ -299,9 +311,13 @@ class _Outliner:
         return name
 
     def _call(
-        self, name: str, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
+        self,
+        graph: ir.Graph,
+        name: str,
+        nodes: Sequence[ir.Node],
+        inputs: Sequence[ir.Value],
+        outputs: Sequence[ir.Value],
     ) -> ir.Node:
-        graph = self.module.graph
         results = [ir.Value(name=o.name, shape=o.shape, type=o.type) for o in outputs]
         call = ir.Node(FUSED_DOMAIN, name, list(inputs), outputs=results, name=f"{nodes[0].name or name}.fused")
         self.calls += 1
