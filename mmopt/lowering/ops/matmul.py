@@ -43,8 +43,8 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
     rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     tile = choose_tile(context.program.profile, a.dtype, static(rows), static(columns) or 1 << 20)
-    left, right = context.tensor(a), context.tensor(b)
-    nest = Matmul(left, right, batch=batch, rows=rows, columns=columns, depth=depth, tile=tile, panels=False)
+    x, y = context.tensor(a), context.tensor(b)
+    nest = Matmul(x, y, batch=batch, rows=rows, columns=columns, depth=depth, tile=tile, panels=False)
     return Value(nest.output, name=node.name)
 
 

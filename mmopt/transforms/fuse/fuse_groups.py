@@ -113,16 +113,22 @@ class FuseGroups(Pass):
         return any(changed)
 
     def _fuse(self, graph: ir.Graph, outliner: _Outliner, context: PassContext) -> bool:
-        builder = _Grouping(graph, self.max_nodes)
-        groups = [g for g in builder.groups() if len(g.nodes) > 1]
-        for group in groups:
-            call = outliner.outline(graph, group.nodes)
-            self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
-        for node, reason in builder.missed:
-            self.remark(context, "missed", str(node.name), reason)
-        if groups:
-            graph.sort()
-        return bool(groups)
+        """Group the nodes of one graph. What one round makes may allow more in the next."""
+        missed: dict[tuple[str, str], None] = {}
+        changed = False
+        while True:
+            grouping = _Grouping(graph, self.max_nodes)
+            groups = [g for g in grouping.groups() if len(g.nodes) > 1]
+            missed |= dict.fromkeys((str(node.name), reason) for node, reason in grouping.missed)
+            if not groups:
+                break
+            changed = True
+            for group in groups:
+                call = outliner.outline(graph, group.nodes)
+                self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
+        for name, reason in missed:
+            self.remark(context, "missed", name, reason)
+        return changed
 
 
 class _Grouping:
@@ -255,9 +261,11 @@ class _Outliner:
 
     def __init__(self, module: Module) -> None:
         self.module = module
-        self.names = {identifier[1] for identifier in module.model.functions if identifier[0] == FUSED_DOMAIN}
+        self.names: set[str | None] = {
+            identifier[1] for identifier in module.model.functions if identifier[0] == FUSED_DOMAIN
+        }
+        self.node_names: set[str | None] = {node.name for graph in module.model.graphs() for node in graph}
         self.known: dict[str, str] = {}
-        self.calls = 0
 
     def outline(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> ir.Node:
         """Replace ``nodes`` of ``graph`` by one call."""
@@ -276,7 +284,7 @@ class _Outliner:
         return self._call(graph, self.known[key], nodes, inputs, outputs)
 
     def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
-        name = self._name(nodes)
+        name = _free("_".join(n.op_type for n in nodes[:6]), self.names)
         mapping: dict[ir.Value, ir.Value] = {v: ir.Value(name=f"in{n}") for n, v in enumerate(inputs)}
         copies: list[ir.Node] = []
         for number, node in enumerate(nodes):
@@ -301,15 +309,6 @@ class _Outliner:
         self.module.model.opset_imports.setdefault(FUSED_DOMAIN, 1)
         return name
 
-    def _name(self, nodes: Sequence[ir.Node]) -> str:
-        base = "_".join(n.op_type for n in nodes[:6])
-        name, number = base, 1
-        while name in self.names:
-            number += 1
-            name = f"{base}_{number}"
-        self.names.add(name)
-        return name
-
     def _call(
         self,
         graph: ir.Graph,
@@ -319,8 +318,13 @@ class _Outliner:
         outputs: Sequence[ir.Value],
     ) -> ir.Node:
         results = [ir.Value(name=o.name, shape=o.shape, type=o.type) for o in outputs]
-        call = ir.Node(FUSED_DOMAIN, name, list(inputs), outputs=results, name=f"{nodes[0].name or name}.fused")
-        self.calls += 1
+        call = ir.Node(
+            FUSED_DOMAIN,
+            name,
+            list(inputs),
+            outputs=results,
+            name=_free(f"{nodes[0].name or name}.fused", self.node_names),
+        )
         for key, value in nodes[0].metadata_props.items():
             call.metadata_props[key] = value
         graph.insert_after(nodes[-1], call)
@@ -328,6 +332,16 @@ class _Outliner:
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         graph.remove(list(nodes), safe=True)
         return call
+
+
+def _free(base: str, taken: set[str | None]) -> str:
+    """``base``, numbered when it is taken; it is taken from now on."""
+    name, number = base, 1
+    while name in taken:
+        number += 1
+        name = f"{base}_{number}"
+    taken.add(name)
+    return name
 
 
 def _signature(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
