@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 from tvm import relax, tirx
@@ -201,41 +201,54 @@ def nonnegative(expression: Expr) -> bool:
     return False
 
 
-def is_axis(axes: Sequence[Expr], rank: int, position: int) -> Expr:
+def is_axis(axes: Sequence[Expr], rank: int, position: int | Expr) -> Expr:
     """Whether ``position`` is among ``axes``, which may be negative and may be data."""
-    hits = [tirx.any(tirx.EQ(a, i64(position)), tirx.EQ(a, i64(position - rank))) for a in axes]
+    here = i64(position)
+    hits = [tirx.any(tirx.EQ(a, here), tirx.EQ(a, here - rank)) for a in axes]
     return tirx.any(*hits) if len(hits) > 1 else hits[0] if hits else tirx.const(False, "bool")
 
 
-def without_axes(extents: Sequence[Expr], axes: Sequence[Expr]) -> list[Expr]:
-    """``extents`` less those at ``axes``, which may be data."""
+def pick(position: Expr, items: Sequence[Expr]) -> Expr:
+    """The item at a position that is data; the last one behind the end."""
+    chosen = items[-1] if items else i64(1)
+    for n in range(len(items) - 2, -1, -1):
+        chosen = tirx.Select(tirx.EQ(position, i64(n)), items[n], chosen)
+    return chosen
+
+
+def computed(node: OpNode, count: int, body: Callable[[Expr], Expr], hint: str) -> list[Expr]:
+    """``count`` sizes that a small kernel computes at run time: ``body`` gives the one at a position."""
+    return node.context.runtime_extents(Value(Map([count], "int64", body, hint)), hint)
+
+
+def without_axes(node: OpNode, extents: Sequence[Expr], axes: Sequence[Expr], hint: str) -> list[Expr]:
+    """``extents`` less those at ``axes``, which are data."""
     rank = len(extents)
-    dropped = [is_axis(axes, rank, d) for d in range(rank)]
-    result: list[Expr] = []
-    for slot in range(rank - len(axes)):
-        kept_before: Expr = i64(0)
-        extent: Expr = i64(0)
+    kept = Map([rank], "int64", lambda d: tirx.Select(is_axis(axes, rank, d), i64(0), i64(1)), "kept")
+
+    def body(slot: Expr) -> Expr:
+        before, extent = i64(0), i64(0)
         for d in range(rank):
-            here = tirx.all(tirx.Not(dropped[d]), tirx.EQ(kept_before, i64(slot)))
-            extent = tirx.Select(here, extents[d], extent)
-            kept_before = kept_before + tirx.Select(dropped[d], i64(0), i64(1))
-        result.append(simplify(extent))
-    return result
+            here = tirx.all(tirx.EQ(kept[i64(d)], i64(1)), tirx.EQ(before, slot))
+            extent = extent + tirx.Select(here, extents[d], i64(0))
+            before = before + kept[i64(d)]
+        return extent
+
+    return named(node, computed(node, rank - len(axes), body, hint), hint)
 
 
-def with_axes(extents: Sequence[Expr], axes: Sequence[Expr]) -> list[Expr]:
-    """``extents`` with ones inserted so that they are at ``axes`` of the result, which may be data."""
+def with_axes(node: OpNode, extents: Sequence[Expr], axes: Sequence[Expr], hint: str) -> list[Expr]:
+    """``extents`` with ones inserted so that they are at ``axes`` of the result, which are data."""
     rank = len(extents) + len(axes)
-    taken: Expr = i64(0)
-    result: list[Expr] = []
-    for d in range(rank):
-        new = is_axis(axes, rank, d)
-        extent: Expr = i64(1)
-        for n, size in enumerate(extents):
-            extent = tirx.Select(tirx.EQ(taken, i64(n)), size, extent)
-        result.append(simplify(tirx.Select(new, i64(1), extent)))
-        taken = taken + tirx.Select(new, i64(0), i64(1))
-    return result
+    old = Map([rank], "int64", lambda d: tirx.Select(is_axis(axes, rank, d), i64(0), i64(1)), "old")
+
+    def body(d: Expr) -> Expr:
+        taken = i64(0)
+        for e in range(rank):
+            taken = taken + tirx.Select(i64(e) < d, old[i64(e)], i64(0))
+        return tirx.Select(tirx.EQ(old[d], i64(1)), pick(taken, extents), i64(1))
+
+    return named(node, computed(node, rank, body, hint), hint)
 
 
 def element_type(node: OpNode, position: int = 0) -> ir.DataType | None:

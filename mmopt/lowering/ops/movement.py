@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tvm import tirx
@@ -12,7 +12,6 @@ from mmopt.backends.compute import Map
 from mmopt.backends.cpu.kernels.join import Join
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.extents import (
-    Integers,
     axis_attr,
     choose,
     constant_axes,
@@ -24,6 +23,7 @@ from mmopt.lowering.ops.extents import (
     named,
     nonnegative,
     optional_integers,
+    pick,
     settled,
 )
 from mmopt.lowering.registry import OpNode, lowers
@@ -132,51 +132,79 @@ def piece(node: OpNode, data: Value, parts: dict[int, tuple[Expr, Expr, Expr]]) 
 def slice_(node: OpNode) -> Value:
     """Part of each axis: starts, ends and steps may be negative."""
     data = node.input(0)
-    starts, ends = optional_integers(node, 1, "starts"), optional_integers(node, 2, "ends")
-    if starts is None or ends is None:
+    given = [_slice_input(node, n, name) for n, name in enumerate(("starts", "ends", "axes", "steps"), start=1)]
+    if given[0] is None or given[1] is None:
         raise NotLowered("starts or ends are missing")
-    count = len(starts.items)
-    axes = optional_integers(node, 3, "axes") or Integers([i64(a) for a in range(count)], data=False)
-    steps = optional_integers(node, 4, "steps") or Integers([i64(1)] * count, data=False)
-    data_dependent = starts.data or ends.data or steps.data
-    if axes.constants is None:
-        return _slice_axes_at_run_time(node, data, starts, ends, axes, steps)
+    count = known(given[0].shape[0])
+    if count is None:
+        raise NotLowered("the number of sliced axes is only known at run time")
+    starts, ends = given[0], given[1]
+    axes = given[2] if given[2] is not None else node.context.constant(np.arange(count))
+    steps = given[3] if given[3] is not None else node.context.constant(np.ones(count, dtype="int64"))
+    if axes.constant is None or any(v.elements is None for v in (starts, ends, steps)):
+        return piece(node, data, _data_parts(node, data, (starts, ends, axes, steps), count))
+    first, last, step = (integers(node, v, "slice").items for v in (starts, ends, steps))
     parts: dict[int, tuple[Expr, Expr, Expr]] = {}
-    for n, axis in enumerate(constant_axes(axes.constants, data.ndim)):
-        part = (starts.items[n], ends.items[n], steps.items[n])
-        parts[axis] = _bounds(data.shape[axis], *part, data=data_dependent)
-    return piece(node, data, _with_extents(node, data, parts, data_dependent))
+    for n, axis in enumerate(constant_axes([int(a) for a in axes.constant.reshape(-1)], data.ndim)):
+        parts[axis] = _bounds(data.shape[axis], first[n], last[n], step[n])
+    extents = settled(node, [parts[d][2] if d in parts else e for d, e in enumerate(data.shape)])
+    return piece(node, data, {d: (start, step, extents[d]) for d, (start, step, _) in parts.items()})
 
 
-def _with_extents(
-    node: OpNode, data: Value, parts: dict[int, tuple[Expr, Expr, Expr]], computed: bool
+def _slice_input(node: OpNode, position: int, attribute: str) -> Value | None:
+    """An input, or the attribute it was before opset 10."""
+    value = node.optional(position)
+    given = node.attr(attribute)
+    return node.context.constant(np.array(given, dtype="int64")) if value is None and given is not None else value
+
+
+def _data_parts(
+    node: OpNode, data: Value, given: tuple[Value, Value, Value, Value], count: int
 ) -> dict[int, tuple[Expr, Expr, Expr]]:
-    extents = [parts[d][2] if d in parts else e for d, e in enumerate(data.shape)]
-    extents = named(node, extents, "slice") if computed else settled(node, extents)
-    return {d: (start, step, extents[d]) for d, (start, step, _) in parts.items()}
+    """Parts whose starts, ends, steps or axes are data: a small kernel finds the bounds of every axis."""
+    rank = data.ndim
+    for value in given:
+        node.context.tensor(value)
+    starts, ends, axes, steps = given
+
+    def chosen(value: Value, d: Expr, default: Expr) -> Expr:
+        for n in range(count):
+            here = is_axis([i64(axes.tensor[i64(n)])], rank, d)
+            default = tirx.Select(here, i64(value.tensor[i64(n)]), default)
+        return default
+
+    def vector(body: Callable[[Expr], Expr], name: str) -> Map:
+        return Map([rank], "int64", body, name)
+
+    size = vector(lambda d: pick(d, data.shape), "size")
+    step = vector(lambda d: chosen(steps, d, i64(1)), "step")
+    raw = (vector(lambda d: chosen(starts, d, i64(0)), "start"), vector(lambda d: chosen(ends, d, size[d]), "end"))
+    front = [vector(lambda d, r=r: tirx.Select(r[d] < i64(0), r[d] + size[d], r[d]), "front") for r in raw]  # type: ignore[misc]
+    last = vector(lambda d: tirx.Select(step[d] > i64(0), size[d], size[d] - 1), "last")
+    least = vector(lambda d: tirx.Select(step[d] > i64(0), i64(0), i64(-1)), "least")
+    begin = vector(lambda d: tirx.max(tirx.min(tirx.max(front[0][d], i64(0)), last[d]), i64(0)), "begin")
+    end = vector(lambda d: tirx.min(tirx.max(front[1][d], least[d]), last[d]), "end")
+
+    def length(d: Expr) -> Expr:
+        up = step[d] > i64(0)
+        width = tirx.max(tirx.Select(up, step[d], -step[d]), i64(1))
+        distance = tirx.Select(up, end[d] - begin[d], begin[d] - end[d])
+        return tirx.max(tirx.floordiv(distance + width - 1, width), i64(0))
+
+    results = [Value(begin), Value(step), Value(vector(length, "length"))]
+    node.context.realize(results, "bounds")
+    first = node.context.runtime_extents(results[0], "slice")
+    stride = integers(node, results[1], "slice").items
+    extents = named(node, node.context.runtime_extents(results[2], "slice"), "slice")
+    return {d: (first[d], stride[d], extents[d]) for d in range(rank)}
 
 
-def _slice_axes_at_run_time(
-    node: OpNode, data: Value, starts: Integers, ends: Integers, axes: Integers, steps: Integers
-) -> Value:
-    parts: dict[int, tuple[Expr, Expr, Expr]] = {}
-    for d, extent in enumerate(data.shape):
-        start, end, step = i64(0), extent, i64(1)
-        for n, axis in enumerate(axes.items):
-            here = is_axis([axis], data.ndim, d)
-            start = choose(here, starts.items[n], start)
-            end = choose(here, ends.items[n], end)
-            step = choose(here, steps.items[n], step)
-        parts[d] = _bounds(extent, start, end, step, data=True)
-    return piece(node, data, _with_extents(node, data, parts, computed=True))
-
-
-def _bounds(extent: Expr, start: Expr, end: Expr, step: Expr, *, data: bool) -> tuple[Expr, Expr, Expr]:
+def _bounds(extent: Expr, start: Expr, end: Expr, step: Expr) -> tuple[Expr, Expr, Expr]:
     """(first index, step, number of elements) of one axis."""
     stride = known(step)
     if stride == 0:
         raise NotLowered("a slice with step zero")
-    first, last = _from_front(start, extent, data), _from_front(end, extent, data)
+    first, last = _from_front(start, extent), _from_front(end, extent)
     if stride is not None and stride > 0:
         first, last = _clamp(first, 0, extent), _clamp(last, 0, extent)
     elif stride is not None:
@@ -200,12 +228,12 @@ def _ceildiv(length: Expr, step: Expr) -> Expr:
     return choose(step > i64(0), tirx.floordiv(length + safe - 1, safe), tirx.floordiv(-length - safe - 1, -safe))
 
 
-def _from_front(position: Expr, extent: Expr, data: bool) -> Expr:
+def _from_front(position: Expr, extent: Expr) -> Expr:
     """A position counted from the end when negative."""
     value = known(position)
     if value is not None:
         return position if value >= 0 else simplify(extent + position)
-    if not data and nonnegative(position):
+    if nonnegative(position):
         return position
     return choose(position < i64(0), position + extent, position)
 

@@ -171,8 +171,9 @@ def _over_data_axes(node: OpNode, data: Value, rule: Rule, axes: Sequence[Expr])
     finish = lambda state: rule.after(state[0], count).astype(data.dtype)  # noqa: E731
     full = Value(Reduction(outer, inner, (wide,), body, rule.combiner, finish, data.dtype), name=node.name)
     node.context.realize([full], "reduce")
-    extents = outer if node.attr("keepdims", 1) else without_axes(data.shape, axes)
-    return node.context.reshape(full, named(node, extents, "reduce"))
+    if node.attr("keepdims", 1):
+        return node.context.reshape(full, named(node, outer, "reduce"))
+    return node.context.reshape(full, without_axes(node, data.shape, axes, "reduce"))
 
 
 def _followed(node: OpNode, data: Value, axes: Sequence[int]) -> Value | None:

@@ -17,7 +17,7 @@ from tvm.ir import Expr
 from mmopt.backends.compute import SUM, Map, Reduction, Tensor
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import accumulator, is_float
-from mmopt.lowering.ops.extents import constant_axes, i64, integers, known, named, settled
+from mmopt.lowering.ops.extents import constant_axes, i64, integers, known, named, pick, settled
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
 
@@ -146,17 +146,10 @@ def _scaled(extent: Expr, scale: float) -> Expr:
 
 def _data_extents(node: OpNode, extents: Sequence[Expr], scales: Value) -> list[Expr]:
     def body(n: Expr) -> Expr:
-        size = _pick(n, extents).astype("float32")
+        size = pick(n, extents).astype("float32")
         return tirx.floor(size * scales.tensor[n].astype("float32")).astype("int64")
 
     return node.context.runtime_extents(Value(Map([len(extents)], "int64", body, "extents")), "resize")
-
-
-def _pick(position: Expr, items: Sequence[Expr]) -> Expr:
-    chosen = items[-1]
-    for n in range(len(items) - 2, -1, -1):
-        chosen = tirx.Select(tirx.EQ(position, i64(n)), items[n], chosen)
-    return chosen
 
 
 def _least(size: Expr, out: Expr) -> float | None:
@@ -212,7 +205,7 @@ def _common(outs: Sequence[Expr], given: Sequence[Expr], merge: Callable[[Expr, 
 
 
 def _fitted(node: OpNode, given: Sequence[Expr], fit: Callable[[], Expr]) -> list[Expr]:
-    body = lambda n: tirx.floor(fit() * f64(_pick(n, given)) + f64(0.5)).astype("int64")  # noqa: E731
+    body = lambda n: tirx.floor(fit() * f64(pick(n, given)) + f64(0.5)).astype("int64")  # noqa: E731
     return node.context.runtime_extents(Value(Map([len(given)], "int64", body, "extents")), "resize")
 
 

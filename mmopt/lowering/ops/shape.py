@@ -13,7 +13,7 @@ from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import broadcast_shape, read
 from mmopt.lowering.ops.extents import (
     Integers,
-    choose,
+    computed,
     constant_axes,
     declared,
     i64,
@@ -21,6 +21,7 @@ from mmopt.lowering.ops.extents import (
     known,
     named,
     optional_integers,
+    pick,
     quotient,
     settled,
     with_axes,
@@ -78,13 +79,22 @@ def _extents(node: OpNode, data: Value, wanted: Integers) -> list[Expr]:
 
 def _data_extents(node: OpNode, data: Value, wanted: Integers) -> list[Expr]:
     """Extents where -1 and 0 are only seen at run time."""
-    filled: list[Expr] = []
-    for axis, extent in enumerate(wanted.items):
-        copied = data.shape[axis] if axis < data.ndim and not node.attr("allowzero", 0) else extent
-        filled.append(choose(tirx.EQ(extent, i64(0)), copied, extent))
-    rest = product([choose(tirx.EQ(e, i64(-1)), 1, e) for e in filled])
-    left = tirx.floordiv(product(data.shape), tirx.max(rest, i64(1)))
-    return named(node, [choose(tirx.EQ(e, i64(-1)), left, e) for e in filled], "reshape")
+    count, copies = len(wanted.items), not node.attr("allowzero", 0)
+
+    def given(axis: Expr) -> Expr:
+        extent = pick(axis, wanted.items)
+        if not copies or not data.ndim:
+            return extent
+        return tirx.Select(tirx.EQ(extent, i64(0)), pick(axis, data.shape), extent)
+
+    sizes = Map([count], "int64", given, "given")
+
+    def body(axis: Expr) -> Expr:
+        rest = product([tirx.max(sizes[i64(d)], i64(1)) for d in range(count)])
+        left = tirx.floordiv(product(data.shape), rest)
+        return tirx.Select(tirx.EQ(sizes[axis], i64(-1)), left, sizes[axis])
+
+    return named(node, computed(node, count, body, "reshape"), "reshape")
 
 
 @lowers("Flatten")
@@ -108,7 +118,7 @@ def squeeze(node: OpNode) -> Value:
             raise NotLowered("which axes are one is only known at run time")
         return node.context.reshape(data, wide)
     if axes.constants is None:
-        return node.context.reshape(data, named(node, without_axes(data.shape, axes.items), "squeeze"))
+        return node.context.reshape(data, without_axes(node, data.shape, axes.items, "squeeze"))
     dropped = set(constant_axes(axes.constants, data.ndim))
     return node.context.reshape(data, [d for n, d in enumerate(data.shape) if n not in dropped])
 
@@ -121,7 +131,7 @@ def unsqueeze(node: OpNode) -> Value:
     if axes is None:
         raise NotLowered("the axes are missing")
     if axes.constants is None:
-        return node.context.reshape(data, named(node, with_axes(data.shape, axes.items), "unsqueeze"))
+        return node.context.reshape(data, with_axes(node, data.shape, axes.items, "unsqueeze"))
     rank = data.ndim + len(axes.items)
     new = set(constant_axes(axes.constants, rank))
     rest = iter(data.shape)
