@@ -101,13 +101,13 @@ def _to_ort(value: Any) -> Any:
         return value
     number = _ONNX_TYPES.get(value.dtype.name)
     if number is None:
-        return value.astype(object) if dtype_name(value) == "string" else np.ascontiguousarray(value)
+        return value.astype(object) if dtype_name(value) == "string" else np.require(value, requirements="C")
     ort = importlib.import_module("onnxruntime")
     if value.dtype.name in _BITS:
         made = ort.OrtValue.ortvalue_from_shape_and_type(list(value.shape), number, "cpu")
         _bytes_of(made)[...] = _pack(value, _BITS[value.dtype.name])
         return made
-    raw = np.ascontiguousarray(value).view(f"u{value.dtype.itemsize}")
+    raw = np.require(value, requirements="C").view(f"u{value.dtype.itemsize}")
     return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(raw, number)
 
 

@@ -43,6 +43,12 @@ def judge(case: Case) -> dict[str, Any]:
         record.update(status=ERROR, reason=f"{type(error).__name__}: {error}"[:2000], trace=trace[-3000:])
     if record["status"] not in RIGHT:
         record["onnxruntime"] = onnxruntime_says(case)
+        if (
+            record["status"] == ERROR
+            and record["onnxruntime"] != "right"
+            and "could not run the model" in record["reason"]
+        ):
+            record["status"] = REFUSED  # there is nothing to verify the artifact against
         if record["onnxruntime"] == "misses" and record.get("verified"):
             record.update(status=record["engines"], differs="onnxruntime gives what mmopt gives, not what is expected")
     record["seconds"] = round(time.perf_counter() - started, 3)

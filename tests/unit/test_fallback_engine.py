@@ -21,6 +21,11 @@ def test_values_below_a_byte_are_packed_as_onnx_does(name: str, size: int) -> No
     np.testing.assert_array_equal(_unpack(packed, size, bits).view(array.dtype), array)
 
 
+def test_a_scalar_stays_a_scalar() -> None:
+    assert _to_ort(np.array(2)).shape == ()
+    assert tuple(_to_ort(np.array(2).astype(ml_dtypes.bfloat16)).shape()) == ()
+
+
 @pytest.mark.parametrize(
     "name", ["bfloat16", "float8_e4m3fn", "float8_e8m0fnu", "float4_e2m1fn", "int4", "int2", "uint2"]
 )

@@ -158,7 +158,8 @@ class _Panel:
         nest = self.nest
         lanes = nest.tile.lanes if used != [1] else 1
         left = None if limit is None else limit - row
-        tile = RegisterTile(nest.output.dtype, rows, used, lanes, left, self.buffered)
+        vectors = -(-nest.tile.columns // nest.tile.lanes)
+        tile = RegisterTile(nest.output.dtype, rows, used, lanes, left, self.buffered, vectors)
 
         def a(i: Expr, k: Expr) -> Expr:
             return self._a(row + i if limit is None else tirx.min(row + i, limit - 1), k)

@@ -97,6 +97,8 @@ class RegisterTile:
         lanes: Lanes of a full vector.
         limit: Rows that are really there when that is only known at run time; reads beyond it must be legal.
         buffered: Results pass through memory, so that long epilogues are loops and not unrolled code.
+        vectors: Vectors of a full tile, where this one is cut off at the edge: it sums in the same order, so that equal
+            columns give equal results wherever they are.
     """
 
     dtype: str
@@ -105,11 +107,13 @@ class RegisterTile:
     lanes: int
     limit: Expr | None = None
     buffered: bool = False
+    vectors: int = 0
 
     def __post_init__(self) -> None:
         self.width = sum(self.spans)
-        chains = self.rows * len(self.spans)
-        self.copies = 1 if chains >= INDEPENDENT or self.width == 1 else -(-INDEPENDENT // chains)
+        chains = self.rows * (self.vectors or len(self.spans))
+        alone = self.width == 1 and self.vectors <= 1
+        self.copies = 1 if chains >= INDEPENDENT or alone else -(-INDEPENDENT // chains)
         self.acc = tirx.decl_buffer((i64(self.copies * self.rows * self.width),), self.dtype, "acc")
 
     def emit(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
