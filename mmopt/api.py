@@ -148,7 +148,7 @@ def choose_recipe(
         UserError: An unknown level, precision, recipe, pass or option.
     """
     from mmopt.pipeline.base import Phase
-    from mmopt.pipeline.recipe import Recipe, load_recipe
+    from mmopt.pipeline.recipe import Recipe, before_fusion, load_recipe
 
     if level not in LEVELS:
         raise UserError(f"there is no level {level}", hint=f"one of {', '.join(map(str, LEVELS))}")
@@ -167,7 +167,7 @@ def choose_recipe(
             hint="only fp32 works without a recipe or passes for another one",
         )
     if objects:
-        return dataclasses.replace(chosen, phases=(*chosen.phases, Phase("given", tuple(objects))))
+        return dataclasses.replace(chosen, phases=before_fusion(chosen.phases, Phase("given", tuple(objects))))
     return chosen
 
 

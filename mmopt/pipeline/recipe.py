@@ -46,6 +46,9 @@ SETTINGS: dict[str, type] = {
 DEFAULTS: dict[str, Any] = {"validate": "each", "strict": False, "seed": 0}
 """What holds when neither the command line nor the recipe says otherwise."""
 
+FUSION = "fuse"
+"""Name of the phase that forms fusion groups; passes of one's own run before it."""
+
 _PHASE_KEYS = ("name", "passes", "max_rounds")
 _KEYS = ("schema_version", "description", "extends", "phase", "options", *SETTINGS)
 
@@ -94,7 +97,8 @@ def load_recipe(name: str, *, extra: Sequence[str] = ()) -> Recipe:
     Args:
         name: ``o2``, or ``path/to/mine.toml``.
         extra: Passes from the command line (``--pass``). One that the recipe has takes the place of its first
-            occurrence and with these options; others run after the recipe, in a phase of their own.
+            occurrence and with these options; others run in a phase of their own, before fusion hides single
+            operators in groups (a phase called ``fuse``), or at the end when there is none.
 
     Raises:
         UserError: There is no such recipe, or it has unknown keys, passes, options or values.
@@ -203,7 +207,13 @@ def _with_extra(phases: Sequence[Phase], extra: Sequence[str]) -> tuple[Phase, .
                 break
         else:
             added.append(pass_)
-    return (*changed, *([Phase("command line", tuple(added))] if added else []))
+    return before_fusion(changed, Phase("command line", tuple(added))) if added else tuple(changed)
+
+
+def before_fusion(phases: Sequence[Phase], added: Phase) -> tuple[Phase, ...]:
+    """``phases`` with ``added`` before the one that forms fusion groups, at the end when there is none."""
+    place = next((n for n, phase in enumerate(phases) if phase.name == FUSION), len(phases))
+    return (*phases[:place], added, *phases[place:])
 
 
 def _spec_names(content: Mapping[str, Any]) -> set[str]:

@@ -1,14 +1,25 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
 
+from mmopt.api import choose_recipe
 from mmopt.errors import UserError
+from mmopt.pipeline.base import Pass
 from mmopt.pipeline.recipe import load_recipe, recipe_folder, recipe_names
 from mmopt.pipeline.registry import all_passes
 
 HEAD = "schema_version = 1\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Pass):
+    """A pass of one's own."""
+
+    def run(self, module, context):
+        return False
 
 
 @pytest.fixture
@@ -141,3 +152,14 @@ def test_unknown_names():
 
 def test_recipes_of_a_checkout_are_those_of_the_source_tree():
     assert (recipe_folder() / "o1.toml").is_file()
+
+
+def test_passes_of_ones_own_run_before_fusion() -> None:
+    phases = load_recipe("o2", extra=["tests.unit.test_recipe:Own"]).phases
+    names = [phase.name for phase in phases]
+    assert names.index("command line") == names.index("fuse") - 1
+
+
+def test_passes_given_in_python_run_before_fusion() -> None:
+    names = [phase.name for phase in choose_recipe(level=2, passes=[Own()]).phases]
+    assert names.index("given") == names.index("fuse") - 1

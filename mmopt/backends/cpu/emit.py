@@ -343,8 +343,18 @@ class KernelEmitter:
         blocks = simplify(tirx.floordiv(extent, i64(lanes)))
         main = loop(blocks, lambda b: loop(lanes, lambda v: store(b * lanes + v), "vectorized", "v"), name="block")
         rest = simplify(tirx.floormod(extent, i64(lanes)))
-        kind = "vectorized" if static(rest) is not None else "serial"
-        return seq(main, loop(rest, lambda v: store(blocks * lanes + v), kind, "v"))
+        return seq(main, self.tail(rest, lanes, lambda v: store(blocks * lanes + v)))
+
+    def tail(self, count: Expr, lanes: int, store: Callable[[Expr], Stmt]) -> Stmt:
+        """``store`` at fewer than ``lanes`` indices: one vector when their number is known, else ever smaller ones."""
+        if static(count) is not None:
+            return loop(count, store, "vectorized", "v")
+        part = lanes // 4
+        if part < 2:
+            return loop(count, store, name="v")
+        parts = simplify(tirx.floordiv(count, i64(part)))
+        main = loop(parts, lambda b: loop(part, lambda v: store(b * part + v), "vectorized", "v"), name="part")
+        return seq(main, self.tail(simplify(tirx.floormod(count, i64(part))), part, lambda v: store(parts * part + v)))
 
 
 def _at(store: Callable[..., Stmt], outer: tuple[Expr, ...]) -> Callable[[Expr], Stmt]:

@@ -138,8 +138,7 @@ def _reduced_lanes(kernel: KernelEmitter, shape: _Shape, point: tuple[Expr, ...]
 
     def row(*at: Expr) -> Stmt:
         main = loop(blocks, lambda b: loop(width, lambda v: step(v, *at, b * width + v), "vectorized", "v"), name="k")
-        tail = "vectorized" if static(rest) is not None else "serial"
-        return seq(main, loop(rest, lambda v: step(v, *at, blocks * width + v), tail, "v"))
+        return seq(main, kernel.tail(rest, width, lambda v: step(v, *at, blocks * width + v)))
 
     return seq(
         state.allocate(),
