@@ -245,7 +245,7 @@ def compare(node: OpNode) -> Value:
 
 
 def _aligned(node: OpNode, position: int) -> Value:
-    """An operand; before opset 7 the second may be aligned with an axis of the first, the slopes of PRelu with axis 1."""
+    """An operand; before opset 7 the second may be aligned with an axis of the first, slopes of PRelu with axis 1."""
     value = node.input(position)
     axis = 1 if node.op_type == "PRelu" and value.ndim == 1 else node.attr("axis")
     if position == 0 or node.opset >= 7 or axis is None or node.input(0).ndim < 2:
