@@ -47,6 +47,18 @@ def test_negative_floats_wrap_into_unsigned_types() -> None:
     check([example("y = Cast<to = 2>(x)", {"x": x}, want=[want])], PROFILE)
 
 
+def test_bits_as_another_type() -> None:
+    x = np.array([0.0, -0.0, 1.5, np.inf], dtype="float32")
+    flags = np.array([True, False])
+    check(
+        [
+            example("y = BitCast<to = 6>(x)", {"x": x}, want=[x.view("int32")], opset=26),
+            example("y = BitCast<to = 2>(x)", {"x": flags}, want=[flags.view("uint8")], opset=26),
+        ],
+        PROFILE,
+    )
+
+
 def constant_of(name: str, kind: str, *values: float) -> str:
     return f"{name} = Constant<value = {kind}[{len(values)}] {{{', '.join(map(str, values))}}}>() "
 

@@ -184,6 +184,18 @@ def test_functions_of_one_operand() -> None:
     check(examples, PROFILE)
 
 
+def test_values_that_may_be_absent() -> None:
+    x = numbers(3)
+    check(
+        [
+            example("y = OptionalHasElement(x)", {"x": x}, want=[np.array(True)]),
+            example("y = OptionalHasElement()", {"x": x}, want=[np.array(False)]),
+            example("y = OptionalGetElement(x)", {"x": x}, want=[x]),
+        ],
+        PROFILE,
+    )
+
+
 def bits(body: str, want: np.ndarray, **feeds: np.ndarray) -> Example:
     """An example over unsigned or signed integers."""
     return example(body, feeds, want=[want])

@@ -153,6 +153,14 @@ def parametric(node: OpNode) -> Value:
     return apply(node, [node.input(0)], lambda x: rule(x, **options))
 
 
+@lowers("Binarizer", domain="ai.onnx.ml")
+def binarizer(node: OpNode) -> Value:
+    """One above a threshold, zero elsewhere."""
+    threshold = node.attr("threshold", 0.0)
+    rule = lambda x: tirx.Select(x > like(x, threshold), like(x, 1), like(x, 0))  # noqa: E731
+    return apply(node, [node.input(0)], rule)
+
+
 @lowers("Gelu")
 def gaussian_error_unit(node: OpNode) -> Value:
     """Gelu in the form ``approximate`` names."""

@@ -86,6 +86,8 @@ def saturated(x: Expr, dtype: str, bits: int | None = None) -> Expr:
 def bit_cast(node: OpNode) -> Value:
     """The same bits as another type of the same width."""
     value, dtype = node.input(0), dtype_name(ir.DataType(node.attr("to")))
-    if "bool" in (value.dtype, dtype) or "bfloat16" in (value.dtype, dtype):
+    if dtype == "bool" or "bfloat16" in (value.dtype, dtype):
         raise NotLowered(f"reinterpreting {value.dtype} as {dtype}")
+    if value.dtype == "bool":
+        return elementwise(node, [value], lambda x: x.astype(dtype), dtype)
     return elementwise(node, [value], lambda x: tirx.reinterpret(dtype, x), dtype)

@@ -60,6 +60,19 @@ def gather_elements(node: OpNode) -> Value:
     return Value(Map(indices.shape, data.dtype, body, "gather"), name=node.name)
 
 
+@lowers("ArrayFeatureExtractor", domain="ai.onnx.ml")
+def array_feature_extractor(node: OpNode) -> Value:
+    """Columns along the last axis."""
+    data, columns = node.input(0), node.input(1)
+    if data.ndim == 1:
+        data = node.context.reshape(data, [i64(1), data.shape[0]])
+    for value in (data, columns):
+        node.context.tensor(value)
+    first = (i64(0),) * (columns.ndim - 1)
+    body = lambda *at: data.tensor[(*at[:-1], bounded(i64(columns.tensor[(*first, at[-1])]), data.shape[-1]))]  # noqa: E731
+    return Value(Map([*data.shape[:-1], columns.shape[-1]], data.dtype, body, "columns"), name=node.name)
+
+
 @lowers("GatherND")
 def gather_nd(node: OpNode) -> Value:
     """Slices at index tuples along the last axis of the second operand."""

@@ -49,6 +49,18 @@ def identity(node: OpNode) -> Value:
     return node.input(0)
 
 
+@lowers("OptionalHasElement")
+def optional_has_element(node: OpNode) -> Value:
+    """Whether the operand is there: a tensor always is."""
+    return node.context.constant(np.array(node.optional(0) is not None))
+
+
+@lowers("OptionalGetElement")
+def optional_get_element(node: OpNode) -> Value:
+    """The operand, which is a tensor."""
+    return node.input(0)
+
+
 @lowers("Reshape")
 def reshape(node: OpNode) -> Value:
     """New extents; 0 copies the input's, -1 takes what is left."""
