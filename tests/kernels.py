@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
+import pytest
 import tvm
 from tvm import tirx
 
@@ -42,7 +43,11 @@ def profiles() -> dict[str, Profile]:
     return found
 
 
-PROFILES = sorted(profiles())
+WIDEST = max(profiles(), key=lambda name: profiles()[name].vector_bytes)
+"""The profile that quick tests run on."""
+
+PROFILES = [pytest.param(name, marks=() if name == WIDEST else pytest.mark.slow) for name in sorted(profiles())]
+"""For ``parametrize``: the widest vectors always, narrower ones among the slow tests."""
 
 
 @dataclasses.dataclass

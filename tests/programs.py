@@ -17,7 +17,7 @@ from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions, compile_module
 from mmopt.runtime.artifact import EntryPoint
 from mmopt.runtime.native import NativeEngine
-from tests.kernels import TOLERANCE, profiles
+from tests.kernels import TOLERANCE, Memory, profiles
 
 TYPES = {
     "float32": TensorProto.FLOAT,
@@ -80,9 +80,11 @@ def model_of(
 
 
 class Programs:
-    """Models compiled together for one profile, each an entry point of its own."""
+    """Models compiled together for one profile, each an entry point of its own; weights lie in ``memory`` if given."""
 
-    def __init__(self, modules: Sequence[Module], profile: str, *, threads: int = 2) -> None:
+    def __init__(
+        self, modules: Sequence[Module], profile: str, *, threads: int = 2, memory: Memory | None = None
+    ) -> None:
         names = [f"entry{n}" for n in range(len(modules))]
         first, *others = modules
         self._program = compile_module(
@@ -94,7 +96,10 @@ class Programs:
         self._folder = tempfile.TemporaryDirectory(prefix="mmopt-test-")
         library = pathlib.Path(self._folder.name, "lib.so")
         library.write_bytes(self._program.library or b"")
-        self._engine = NativeEngine(library, dict(self._program.weights), threads)
+        weights = dict(self._program.weights)
+        if memory is not None:
+            weights = {name: memory.array(array) for name, array in weights.items()}
+        self._engine = NativeEngine(library, weights, threads)
         self.kernels = [str(k["name"]) for k in self._program.kernels]
         self.templates = [str(k["template"]) for k in self._program.kernels]
 

@@ -28,7 +28,7 @@ from mmopt.backends.compute import (
 )
 from mmopt.backends.cpu.emit import KernelEmitter
 from mmopt.backends.cpu.loops import i64, loops
-from tests.kernels import PROFILES, Arrays, Case, check, profiles
+from tests.kernels import PROFILES, WIDEST, Arrays, Case, check, profiles
 
 
 def const(value: float, dtype: str) -> tirx.Expr:
@@ -528,7 +528,7 @@ def test_kernels(family: Callable[[], list[Case]], profile: str) -> None:
 # -- the form of kernels ---------------------------------------------------------------------------------------
 
 
-def count(output: Tensor | Sequence[Tensor], profile: str = PROFILES[0]) -> dict[str, int]:
+def count(output: Tensor | Sequence[Tensor], profile: str = WIDEST) -> dict[str, int]:
     """How often loops of each kind occur in a kernel."""
     outputs = [output] if isinstance(output, Tensor) else output
     text = KernelEmitter(outputs, profiles()[profile]).build().function.script()
@@ -558,14 +558,12 @@ def test_cheap_values_are_computed_again_and_dear_ones_stored() -> None:
     x = Source((64, 64), "float32", "x")
     cheap = elementwise(x, lambda v: v + v)
     dear = elementwise(x, lambda v: tirx.exp(v) * v)
-    kernels = {
-        name: KernelEmitter([reduced(t, [1]), t], profiles()[PROFILES[0]]) for name, t in (("a", cheap), ("b", dear))
-    }
+    kernels = {name: KernelEmitter([reduced(t, [1]), t], profiles()[WIDEST]) for name, t in (("a", cheap), ("b", dear))}
     assert kernels["a"].plan.shared == kernels["b"].plan.shared == 1
     spread = Map((64, 64, 64), "float32", lambda i, j, k: cheap[i, k] * cheap[j, k])
-    assert cheap not in KernelEmitter([spread], profiles()[PROFILES[0]]).plan.stored
+    assert cheap not in KernelEmitter([spread], profiles()[WIDEST]).plan.stored
     spread = Map((64, 64, 64), "float32", lambda i, j, k: dear[i, k] * dear[j, k])
-    assert dear in KernelEmitter([spread], profiles()[PROFILES[0]]).plan.stored
+    assert dear in KernelEmitter([spread], profiles()[WIDEST]).plan.stored
 
 
 def gelu(v: tirx.Expr) -> tirx.Expr:
@@ -599,7 +597,7 @@ def test_long_chains_of_transcendental_functions_compile_quickly() -> None:
         data.case("within a rule", tower, three),
     ]
     start = time.process_time()
-    check(cases, PROFILES[0])
+    check(cases, WIDEST)
     assert time.process_time() - start < 30
 
 

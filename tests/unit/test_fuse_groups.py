@@ -17,7 +17,7 @@ from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.fuse.fuse_groups import FuseGroups
 from tests import programs
 from tests.canonical import check, evaluate, inputs_for, module_from
-from tests.kernels import PROFILES
+from tests.kernels import WIDEST
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "fuse-groups.txt"
 SEPARATOR = "---\n"
@@ -281,7 +281,7 @@ def test_each_group_is_one_kernel_and_gives_the_same() -> None:
         for name, array in inputs_for(plain).items()
     }
     check(FuseGroups(), module)
-    compiled = programs.Programs([module], PROFILES[0])
+    compiled = programs.Programs([module], WIDEST)
     for actual, expected in zip(compiled.run(0, feeds), evaluate(plain, feeds).values(), strict=True):
         programs.assert_close(actual, expected)
     groups = {

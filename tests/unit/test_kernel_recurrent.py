@@ -224,8 +224,9 @@ def directions() -> list[Example]:
     made = []
     for op in GATES:
         for direction in ("forward", "reverse", "bidirectional"):
-            plain = Layer(op, direction=direction, initial=True, hidden=10)
-            made += [example(plain), example(dataclasses.replace(plain, lengths=(5, 1, 3)))]
+            lengths = () if direction == "reverse" else (5, 1, 3)
+            made.append(example(Layer(op, direction=direction, initial=True, hidden=10, lengths=lengths)))
+        made.append(example(Layer(op, direction="reverse", hidden=10, lengths=(5, 1, 3))))
     return made
 
 
@@ -269,10 +270,9 @@ def symbolic() -> list[Example]:
     made = []
     for steps, batch in [(1, 1), (4, 3), (7, 8), (2, 13)]:
         lengths = tuple(1 + n % steps for n in range(batch))
-        for op in GATES:
-            layer = Layer(op, steps=steps, batch=batch, hidden=9, direction="bidirectional", lengths=lengths)
+        both = Layer("GRU", steps=steps, batch=batch, hidden=9, direction="bidirectional", lengths=lengths)
+        for layer in (both, Layer("LSTM", steps=steps, batch=batch), Layer("RNN", steps=steps, batch=batch)):
             made.append(example(layer, symbolic=["t", "n", 6]))
-        made.append(example(Layer("LSTM", steps=steps, batch=batch), symbolic=["t", "n", 6]))
     return made
 
 

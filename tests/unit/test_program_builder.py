@@ -7,11 +7,11 @@ import numpy as np
 from mmopt.backends.compute import Source, compute
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.values import Value
-from tests.kernels import PROFILES, profiles
+from tests.kernels import WIDEST, profiles
 
 
 def builder() -> ProgramBuilder:
-    return ProgramBuilder(profiles()[PROFILES[0]])
+    return ProgramBuilder(profiles()[WIDEST])
 
 
 def test_weights_made_on_the_fly_are_not_taken_for_one_another() -> None:

@@ -1,0 +1,122 @@
+"""Runs kernels on memory that ends at a page nobody may touch: reading or writing beyond an end stops the process.
+
+``python -m tests.guarded_kernels PROFILE`` prints the name of each case before it runs, so that the last line names the
+one that went too far. Arrays whose sizes are multiples of 64 bytes end exactly at the page; others within 63 bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import onnx_ir as ir
+from tvm import tirx
+
+from mmopt.backends.compute import SUM, Reduction, compute
+from mmopt.backends.cpu.kernels.tile import choose_tile
+from mmopt.ir.module import Module
+from mmopt.lowering.ops.matmul import pack_panels
+from tests.kernels import Arrays, Case, Memory, failures, profiles
+from tests.programs import Example, Programs, assert_close
+from tests.unit import test_compute, test_kernel_conv, test_kernel_matmul, test_kernel_recurrent
+from tests.unit.test_kernel_conv import Geometry
+from tests.unit.test_kernel_recurrent import Layer
+
+
+def rows(profile: str) -> list[Case]:
+    """Every length of a row, sixteen rows each, so that the array ends at the page."""
+    cases = []
+    for length in (1, 3, 8, 15, 16, 17, 33, 100):
+        data = Arrays()
+        x = data.source((16, length))
+        a = data[x]
+        exp = compute(x.shape, "float32", lambda i, j, x=x: tirx.exp(x[i, j]))
+        cases.append(data.case(f"exp of rows of {length}", exp, np.exp(a)))
+        for axis in (0, 1):
+            total = test_compute.reduced(x, [axis])
+            cases.append(data.case(f"sum of rows of {length} over {axis}", total, a.sum(axis)))
+        soft = test_compute.softmax_of(x)
+        cases.append(data.case(f"softmax of rows of {length}", soft, np.exp(a) / np.exp(a).sum(1, keepdims=True)))
+        turned = compute((length, 16), "float32", lambda j, i, x=x: x[i, j])
+        cases.append(data.case(f"transpose of rows of {length}", turned, a.T))
+    return cases
+
+
+def products(profile: str) -> list[Case]:
+    """Tails in rows and columns over both kinds of second operand, sizes known and not."""
+    cases = []
+    n = tirx.Var("n", "int64")
+    for height, width in [(1, 1), (5, 17), (13, 33), (30, 47), (3, 64)]:
+        for known in (height, n):
+            data, sizes = Arrays(), {"n": height}
+            a, b, c = data.source((known, 48), **sizes), data.source((48, width)), data.data((48, width), "float32")
+            tile = choose_tile(profiles()[profile], "float32", None if known is n else height, width)
+            weight = data.constant(np.ascontiguousarray(pack_panels(c, tile.columns)))
+            packed = test_kernel_matmul.product(a, weight, tile, columns=width).output
+            in_place = test_kernel_matmul.product(a, b, tile).output
+            label = f"{'any' if known is n else height}×{width}"
+            cases.append(data.case(f"packed {label}", packed, data[a] @ c.astype(np.float64), sizes=sizes))
+            cases.append(data.case(f"in place {label}", in_place, data[a] @ data[b], sizes=sizes))
+    return cases
+
+
+FAMILIES: list[Callable[[str], list[Case]]] = [
+    rows,
+    products,
+    lambda _: test_compute.guards(),
+    lambda _: test_compute.row_chains()[:12],
+]
+
+
+def models() -> list[Example]:
+    """Convolutions and recurrent layers whose inputs end at the page."""
+    made = [test_kernel_conv.example(g) for g in [
+        Geometry((1, 16, 7, 9), (32, 16, 3, 3)),
+        Geometry((2, 16, 5, 5), (16, 16, 1, 1), strides=(2, 2)),
+        Geometry((1, 16, 5, 7), (20, 16, 2, 3)),
+        Geometry((16, 3, 7, 5), (16, 3, 3, 3)),
+        Geometry((1, 16, 9, 9), (16, 1, 3, 3), groups=16, strides=(2, 2)),
+        Geometry((1, 16, 6, 6), (16, 16, 3, 3), pads=(1, 1, 1, 1)),
+        Geometry((16, 5, 7), (9, 5, 3)),
+    ]]  # fmt: skip
+    made.append(test_kernel_conv.example(Geometry((3, 16, 5, 9), (16, 16, 3, 3)), symbolic=["n", 16, "h", "w"]))
+    for op in ("LSTM", "GRU", "RNN"):
+        layer = Layer(op, steps=3, batch=5, depth=16, hidden=19, direction="bidirectional", initial=True)
+        made.append(test_kernel_recurrent.example(layer))
+    return made
+
+
+def run_models(profile: str) -> list[str]:
+    """Run :func:`models` with guarded inputs; weights are guarded too, for they come in as arrays."""
+    examples = models()
+    compiled = Programs([Module(ir.from_proto(e.model)) for e in examples], profile, memory=Memory(guard=True))
+    wrong: list[str] = []
+    for number, example in enumerate(examples):
+        print(example.name, flush=True)
+        memory = Memory(guard=True)
+        try:
+            got = compiled.run(number, {name: memory.array(a) for name, a in example.feeds.items()})
+            for actual, expected in zip(got, example.expected(), strict=True):
+                assert_close(actual, expected)
+        except AssertionError as error:
+            wrong.append(f"{example.name}: {error}")
+    return wrong
+
+
+def beyond() -> Case:
+    """A kernel that is wrong: it reads a page behind its input."""
+    data = Arrays()
+    x = data.source((64,))
+    total = Reduction((1,), (2048,), ("float32",), lambda i, k: x[k], SUM)
+    return data.case("beyond", total, np.zeros(1))
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    if sys.argv[2:] == ["beyond"]:
+        failures([beyond()], name, guard=True, tell=lambda case: print(case, flush=True))
+        sys.exit("the page could be touched")
+    found = [w for f in FAMILIES for w in failures(f(name), name, guard=True, tell=lambda c: print(c, flush=True))]
+    found += run_models(name)
+    sys.exit("\n".join(found) if found else 0)
