@@ -127,7 +127,13 @@ def test_a_wrong_output_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 RECORDS = [
     {"name": "a", "family": "Abs", "status": "native", "operators": ["Abs"], "notes": []},
-    {"name": "b", "family": "Abs", "status": "fallback", "operators": ["Abs"], "notes": ["main: Abs runs in x: why"]},
+    {
+        "name": "b",
+        "family": "Abs",
+        "status": "fallback",
+        "operators": ["Abs"],
+        "notes": ["main: Abs runs in onnxruntime: why"],
+    },
     {"name": "c", "family": "Neg", "status": "refused", "operators": ["Neg"], "reason": "no", "onnxruntime": "cannot"},
 ]
 
