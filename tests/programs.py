@@ -99,6 +99,7 @@ class Programs:
         weights = dict(self._program.weights)
         if memory is not None:
             weights = {name: memory.array(array) for name, array in weights.items()}
+        self.weights = weights
         self._engine = NativeEngine(library, weights, threads)
         self.kernels = [str(k["name"]) for k in self._program.kernels]
         self.templates = [str(k["template"]) for k in self._program.kernels]
