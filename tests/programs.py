@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import onnx
@@ -15,8 +15,11 @@ from onnx import TensorProto, helper, numpy_helper
 
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions, compile_module
+from mmopt.pipeline.base import PassContext
 from mmopt.runtime.artifact import EntryPoint
 from mmopt.runtime.native import NativeEngine
+from mmopt.transforms.canonicalize import InferShapes
+from mmopt.transforms.fuse.fuse_groups import FuseGroups
 from tests.kernels import TOLERANCE, Memory, profiles
 
 TYPES = {
@@ -118,14 +121,28 @@ class Programs:
         return [np.from_dlpack(values[o.name]) for o in entry.outputs]
 
 
-def wrong_answers(examples: Sequence[Example], profile: str, tolerance: float | None = None) -> list[str]:
+def grouped(model: onnx.ModelProto) -> Module:
+    """``model`` with its fusion groups formed."""
+    module = Module(ir.from_proto(model))
+    InferShapes().run(module, PassContext())
+    FuseGroups().run(module, PassContext())
+    return module
+
+
+def wrong_answers(
+    examples: Sequence[Example],
+    profile: str,
+    tolerance: float | None = None,
+    *,
+    prepare: Callable[[onnx.ModelProto], Module] = lambda model: Module(ir.from_proto(model)),
+) -> list[str]:
     """Compile all ``examples`` at once, run them, and describe each whose answer is not what is expected.
 
-    A model that occurs several times is compiled once.
+    A model that occurs several times is compiled once. ``prepare`` makes the module that is compiled.
     """
     texts = [e.model.SerializeToString(deterministic=True) for e in examples]
     models = {text: e.model for text, e in zip(texts, examples, strict=True)}
-    programs = Programs([Module(ir.from_proto(m)) for m in models.values()], profile)
+    programs = Programs([prepare(model) for model in models.values()], profile)
     found: list[str] = []
     for text, example in zip(texts, examples, strict=True):
         try:

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper
 
 from mmopt.backends.cpu.kernels.conv import Window, pack_filters
 from tests.kernels import PROFILES
-from tests.programs import Example, check, model_of
+from tests.programs import Example, check, grouped, model_of, wrong_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,6 +284,27 @@ def _operands() -> list[Example]:
     return made
 
 
+def _symbolic_operands() -> list[Example]:
+    """A residual block of symbolic batch and size: bias, sum, activation, and a second use of the sum."""
+    random = np.random.default_rng(0)
+    weights = {"w": random.standard_normal((16, 16, 3, 3)).astype(np.float32) / 8}
+    weights["b"] = random.standard_normal(16).astype(np.float32)
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["c", "x"], ["d"]),
+        helper.make_node("Relu", ["d"], ["e"]),
+        helper.make_node("Conv", ["e", "w"], ["f"], pads=[1, 1, 1, 1]),
+        helper.make_node("Add", ["e", "f"], ["g"]),
+        helper.make_node("Clip", ["g"], ["y"]),
+    ]
+    made = []
+    for n, h, w in [(1, 4, 5), (3, 7, 16)]:
+        feeds = {"x": random.standard_normal((n, 16, h, w)).astype(np.float32)}
+        model = model_of(nodes, feeds, ["y", "e"], weights, symbolic={"x": ["n", 16, "h", "w"]})
+        made.append(Example(f"residual block {n}×{h}×{w}", model, feeds))
+    return made
+
+
 FAMILIES: list[Callable[[], list[Example]]] = [
     ranks, channels, groups, automatic_padding, other_types, symbolic, surroundings,
 ]  # fmt: skip
@@ -293,6 +314,13 @@ FAMILIES: list[Callable[[], list[Example]]] = [
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_convolutions(family: Callable[[], list[Example]], profile: str) -> None:
     check(family(), profile)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_convolutions_in_fusion_groups(profile: str) -> None:
+    """Operators of a group stay computations until the whole group is one kernel."""
+    wrong = wrong_answers([*surroundings(), *_symbolic_operands()], profile, prepare=grouped)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_window_extents_and_positions() -> None:

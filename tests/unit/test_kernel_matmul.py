@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 import scipy.special
+from onnx import helper
 from tvm import tirx
 from tvm.ir import Expr
 
@@ -16,7 +18,9 @@ from mmopt.backends.cpu.kernels.tile import Tile, choose_tile, lanes_of
 from mmopt.backends.cpu.loops import static
 from mmopt.backends.profile import Profile
 from mmopt.lowering.ops.elementwise import broadcast_shape
-from tests.kernels import PROFILES, Arrays, Case, check, profiles
+from tests.kernels import PROFILES, WIDEST, Arrays, Case, check, profiles
+from tests.programs import Example, model_of
+from tests.programs import check as check_models
 
 SHAPES = [
     (1, 1, 1),
@@ -215,6 +219,52 @@ FAMILIES: list[Callable[[Profile], list[Case]]] = [
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_products(family: Callable[[Profile], list[Case]], profile: str) -> None:
     check(family(profiles()[profile]), profile)
+
+
+def operators() -> list[Example]:
+    """MatMul and Gemm of every form: vectors, stacks, transposed, scaled, broadcast addends, other element types."""
+    random = np.random.default_rng(0)
+
+    def data(*shape: int, dtype: str = "float32") -> np.ndarray:
+        numbers = random.standard_normal(shape) if "float" in dtype else random.integers(-9, 9, shape)
+        return np.asarray(numbers).astype(dtype)
+
+    made = []
+    pairs = [
+        ((16,), (16,)),
+        ((16,), (16, 5)),
+        ((3, 16), (16,)),
+        ((2, 3, 16), (16,)),
+        ((16,), (4, 16, 5)),
+        ((0, 4), (4, 3)),
+    ]
+    pairs += [((2, 3, 16), (16, 21)), ((2, 1, 3, 16), (4, 16, 5)), ((3, 0), (0, 4))]
+    for left, right in pairs:
+        a, b = data(*left), data(*right)
+        node = helper.make_node("MatMul", ["a", "b"], ["y"])
+        want = [a.astype(np.float64) @ b.astype(np.float64)]
+        made.append(Example(f"{left} @ {right}", model_of([node], {"a": a, "b": b}, ["y"], {}), {"a": a, "b": b}, want))
+        made.append(Example(f"{left} @ weight {right}", model_of([node], {"a": a}, ["y"], {"b": b}), {"a": a}, want))
+    for dtype in ("float16", "float64", "int32", "int64"):
+        a, b = data(3, 16, dtype=dtype), data(16, 5, dtype=dtype)
+        node = helper.make_node("MatMul", ["a", "b"], ["y"])
+        want = [a.astype(np.float64) @ b.astype(np.float64)]
+        want = [want[0] if "float" in dtype else want[0].astype(dtype)]
+        made.append(Example(f"{dtype}", model_of([node], {"a": a}, ["y"], {"b": b}), {"a": a}, want))
+    for across, down in itertools.product((0, 1), repeat=2):
+        for addend in ((), (1,), (21,), (3, 1), (3, 21), None):
+            a, b = data(*((16, 3) if across else (3, 16))), data(*((21, 16) if down else (16, 21)))
+            c = {} if addend is None else {"c": data(*addend)}
+            node = helper.make_node("Gemm", ["a", "b", *c], ["y"], transA=across, transB=down, alpha=0.5, beta=1.5)
+            constant = addend == (21,)
+            feeds = {"a": a} | ({} if constant else {"b": b, **c})
+            model = model_of([node], feeds, ["y"], {"b": b, **c} if constant else {})
+            made.append(Example(f"Gemm {across} {down} {addend}", model, feeds))
+    return made
+
+
+def test_operators() -> None:
+    check_models(operators(), WIDEST)
 
 
 def test_panels_hold_every_column_and_zeros_behind() -> None:
