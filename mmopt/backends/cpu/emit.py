@@ -306,7 +306,15 @@ class KernelEmitter:
         return max(1, self.profile.vector_bytes // max(itemsize(d) for d in dtypes))
 
     def nest(self, extents: Sequence[Expr], store: Callable[..., Stmt], lanes: int, work: int | None) -> Stmt:
-        """Loops over ``extents`` with the last one vectorized; parallel over the others or over pieces of the last."""
+        """Loops over ``extents`` with the last one vectorized; whether threads pay is decided here or at run time."""
+        total = simplify(product(extents))
+        if work is not None or static(total) is not None:
+            return self._spread(extents, store, lanes, work)
+        alone = self._spread(extents, store, lanes, 0)
+        return when(total < PARALLEL_WORK // 4, alone, self._spread(extents, store, lanes, None))
+
+    def _spread(self, extents: Sequence[Expr], store: Callable[..., Stmt], lanes: int, work: int | None) -> Stmt:
+        """Parallel over all axes but the last, or over pieces of the last, when there is ``work`` enough."""
         *outer, inner = extents
         rows = simplify(product(outer))
         kind = self._kind(i64(2), work)

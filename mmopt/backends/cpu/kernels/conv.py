@@ -23,6 +23,9 @@ from mmopt.backends.cpu.kernels.tile import RegisterTile, Tile, spans
 from mmopt.backends.cpu.loops import i64, loop, loops, product, seq, split_index, static
 from mmopt.backends.expressions import simplify
 
+PARALLEL_WORK = 1 << 18
+"""Multiply-adds from which forking threads pays."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -57,6 +60,12 @@ def pack_filters(weight: np.ndarray, groups: int, block: int, columns: int) -> n
     split = padded.reshape(groups * panels, columns, depth // block, block, *kernel)
     space = range(4, 4 + len(kernel))
     return split.transpose(0, 2, *space, 3, 1)
+
+
+def _kind(results: Sequence[Expr], depth: Sequence[Expr]) -> str:
+    """``serial`` for work known to be too little for a fork of threads to pay."""
+    work = static(simplify(product([*results, *depth])))
+    return "serial" if work is not None and work < PARALLEL_WORK else "parallel"
 
 
 class Convolution(LoopNest):
@@ -124,7 +133,7 @@ class Convolution(LoopNest):
             tail = tirx.floormod(panel, i64(per_group)).equal(i64(per_group - 1))
             return tirx.IfThenElse(tail, last.emit(width), full.emit(width))
 
-        return loop(simplify(product(extents)), task, "parallel", "task")
+        return loop(simplify(product(extents)), task, _kind(self.output.shape, self.filters.shape[1:-1]), "task")
 
 
 class _Line:
@@ -225,7 +234,7 @@ class DepthwiseConvolution(LoopNest):
                 loop(rest, lambda r: tile(full * height + r, 1), name="r"),
             )
 
-        return loop(simplify(product(extents)), task, "parallel", "task")
+        return loop(simplify(product(extents)), task, _kind(self.output.shape, self.filters.shape[1:-1]), "task")
 
     def _tile(self, sink: Sink, image: Expr, block: Expr, outer: tuple[Expr, ...], start: Expr, rows: int) -> Stmt:
         acc = tirx.decl_buffer((i64(rows * self.lanes),), self.output.dtype, "acc")
