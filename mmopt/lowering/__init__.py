@@ -1,6 +1,6 @@
 """From ONNX graphs to Relax functions and kernels."""
 
-from mmopt.runtime.libraries import import_tvm_ffi
+from mmopt.runtime.libraries import without_torch
 
-# Before anything imports tvm: on its own, tvm_ffi would import torch, which takes seconds.
-import_tvm_ffi()
+with without_torch():
+    import tvm.relax  # noqa: F401

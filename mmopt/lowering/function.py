@@ -11,7 +11,7 @@ from tvm import relax, tirx
 from tvm.ir import Expr, GlobalVar
 
 from mmopt.backends.compute import Map, Source, Tensor, index
-from mmopt.backends.cpu.loops import flat_index, product, split_index
+from mmopt.backends.cpu.loops import flat_index, split_index
 from mmopt.backends.expressions import same, simplify, variables
 from mmopt.ir.module import FUSED_DOMAIN
 from mmopt.lowering.expand import contradiction, instantiate, standard_body
@@ -24,7 +24,6 @@ from mmopt.lowering.values import (
     Value,
     described,
     dtype_name,
-    from_elements,
     identifier,
     narrow_bits,
     plain_view,
@@ -542,13 +541,3 @@ def _reindexed(tensor: Tensor, extents: Sequence[Expr]) -> Map:
         return tensor[split_index(simplify(flat_index(at, extents)), tensor.shape)]
 
     return Map(extents, tensor.dtype, body, "reshape")
-
-
-def element_count(shape: Sequence[Expr]) -> Expr:
-    """Number of elements as an expression."""
-    return simplify(product(shape))
-
-
-def sizes(shape: Sequence[Expr]) -> Value:
-    """A shape as a value."""
-    return from_elements(list(shape))

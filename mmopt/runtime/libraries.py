@@ -38,8 +38,14 @@ class _NoTorch:
 
 
 @contextlib.contextmanager
-def _without_torch() -> Iterator[None]:
-    # tvm_ffi imports torch when it is installed, which takes seconds and hundreds of MB; it has no switch for that.
+def without_torch() -> Iterator[None]:
+    """Hide torch from imports inside: tvm and tvm_ffi import it when they can, which takes seconds and much memory.
+
+    Does nothing when torch has been imported already.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
     hook = _NoTorch()
     sys.meta_path.insert(0, hook)
     try:
@@ -53,7 +59,7 @@ def import_tvm_ffi() -> ModuleType:
     with _lock:
         if "tvm_ffi" in sys.modules or "torch" in sys.modules:
             return importlib.import_module("tvm_ffi")
-        with _without_torch():
+        with without_torch():
             return importlib.import_module("tvm_ffi")
 
 

@@ -139,3 +139,8 @@ def test_clip_answers_within_a_second_and_a_half(tmp_path: pathlib.Path) -> None
         done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=60)
         times.append(float(done.stdout))
     assert min(times) <= 1.5, times
+
+
+def test_the_compiler_does_not_import_torch() -> None:
+    code = "import sys, mmopt.lowering.compiler; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

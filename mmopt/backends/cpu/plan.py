@@ -10,7 +10,7 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from mmopt.backends.compute import LoopNest, LoopResult, Map, Reduction, Source, Tensor, loading_with
-from mmopt.backends.cpu.loops import flat_index, product, static
+from mmopt.backends.cpu.loops import flat_index, product
 from mmopt.backends.expressions import cost, same
 
 CHEAP = 2
@@ -256,8 +256,3 @@ def _equal_prefix(left: Sequence[Expr], right: Sequence[Expr]) -> int:
             break
         count += 1
     return count
-
-
-def known_size(shape: Sequence[Expr]) -> int | None:
-    """Number of elements when every extent is constant."""
-    return static(product(shape))

@@ -16,7 +16,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.compute import LoopNest, Sink, Tensor, index
+from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.kernels.tile import RegisterTile, Tile, spans
 from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
 from mmopt.backends.expressions import simplify
@@ -191,8 +191,3 @@ class _Panel:
         if len(self.nest.out_rows) == len(self.nest.batch) + 1:
             return self.sink((*self.at, row, column), value)
         return self.sink((*split_index(row, self.nest.out_rows), column), value)
-
-
-def batch_extents(shape: Sequence[Expr | int]) -> tuple[Expr, ...]:
-    """Leading extents of a stack of matrices."""
-    return tuple(index(d) for d in shape[:-2])
