@@ -11,11 +11,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from tvm import tirx
 from tvm.ir import Expr
+
+if TYPE_CHECKING:
+    from mmopt.backends.cpu.choosing import Workload
 
 Body = Callable[..., Any]
 
@@ -158,10 +161,14 @@ class LoopNest:
     """Hand-written loops with one or more results: a kernel template with its parameters chosen.
 
     Subclasses set ``inputs`` and call :meth:`result` for each output in order.
+
+    Attributes:
+        workload: What its parameters were chosen for, where there was a choice; links the kernel to that choice.
     """
 
     inputs: tuple[Tensor, ...] = ()
     name: str = "loops"
+    workload: Workload | None = None
 
     def __init__(self) -> None:
         self.results: list[LoopResult] = []
@@ -171,6 +178,10 @@ class LoopNest:
         out = LoopResult(shape, dtype, name or f"{self.name}_{len(self.results)}", self, len(self.results))
         self.results.append(out)
         return out
+
+    def parameters(self) -> Mapping[str, object]:
+        """The parameters it was made with, for reports."""
+        return {}
 
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Any:
         """Statements that produce every output element once and hand it to the output's sink."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
+from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.cpu.pipeline import build_library
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
@@ -21,9 +22,11 @@ class CompileOptions:
 
     Attributes:
         allow_fallback: Nodes without a kernel may be run by onnxruntime; otherwise they are an error.
+        chooser: Picks the parameters of kernel templates; by their own predictions when None.
     """
 
     allow_fallback: bool = True
+    chooser: Chooser | None = None
 
 
 def compile_module(
@@ -48,12 +51,13 @@ def compile_module(
         UnsupportedError: A node runs neither natively nor in onnxruntime.
         BackendError: Code generation failed.
     """
-    builder = ProgramBuilder(profile)
+    options = options or CompileOptions()
+    builder = ProgramBuilder(profile, options.chooser)
     done: dict[str, EntryPoint] = {}
     fallback: dict[str, object] = {}
     notes: list[str] = []
     for name, entry in {"main": module, **(entries or {})}.items():
-        parts = partition(entry, name, builder, options or CompileOptions())
+        parts = partition(entry, name, builder, options)
         notes.extend(note for part in parts for note in part.notes)
         segments = tuple(_segment(part, builder, fallback) for part in parts)
         inputs = tuple(tensor_spec(v) for v in entry.graph.inputs if v.name not in entry.graph.initializers)

@@ -11,7 +11,8 @@ import tvm
 from tvm import relax
 from tvm.ir import GlobalVar
 
-from mmopt.backends.compute import LoopResult, Reduction, Tensor
+from mmopt.backends.compute import LoopNest, Reduction, Tensor
+from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.cpu.emit import Kernel, KernelEmitter
 from mmopt.backends.profile import Profile
 from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, narrow_bits
@@ -22,12 +23,14 @@ class ProgramBuilder:
 
     Attributes:
         profile: What is compiled for.
+        chooser: Picks the parameters of kernel templates.
         kernels: One record for each distinct kernel, for reports.
         weights: Weight arrays by key, as the kernels want them.
     """
 
-    def __init__(self, profile: Profile) -> None:
+    def __init__(self, profile: Profile, chooser: Chooser | None = None) -> None:
         self.profile = profile
+        self.chooser = chooser or Chooser()
         self.kernels: dict[str, dict[str, Any]] = {}
         self.weights: dict[str, np.ndarray] = {}
         self._registry = relax.BlockBuilder()
@@ -51,13 +54,28 @@ class ProgramBuilder:
 
     def kernel(self, outputs: Sequence[Tensor], hint: str) -> tuple[GlobalVar, Kernel]:
         """The kernel that computes ``outputs``; equal kernels are shared."""
-        kernel = KernelEmitter(outputs, self.profile).build()
+        emitter = KernelEmitter(outputs, self.profile)
+        kernel = emitter.build()
         handle = self._registry.add_func(kernel.function, "".join(c if c.isalnum() else "_" for c in hint)[:60])
         name = str(handle.name_hint)
         self._names.add(name)
-        record = self.kernels.setdefault(name, {"name": name, "template": _template(outputs), "calls": 0})
-        record["calls"] += 1
+        if name not in self.kernels:
+            self.kernels[name] = {"name": name, "calls": 0, **self._description(emitter.plan.stages)}
+        self.kernels[name]["calls"] += 1
         return handle, kernel
+
+    def _description(self, stages: Sequence[Tensor | LoopNest]) -> dict[str, Any]:
+        """What reports say about a kernel: its template, and how its parameters were chosen."""
+        nests = [stage for stage in stages if isinstance(stage, LoopNest)]
+        if not nests:
+            reduces = any(isinstance(stage, Reduction) for stage in stages)
+            return {"template": "reduction" if reduces else "elementwise", "parameters": {}}
+        main = next((nest for nest in nests if nest.workload is not None), nests[0])
+        record: dict[str, Any] = {"template": main.name, "parameters": dict(main.parameters())}
+        choice = None if main.workload is None else self.chooser.choice(main.workload)
+        if choice is not None:
+            record |= choice.to_json()
+        return record
 
     def add_function(self, function: relax.Function, name: str) -> GlobalVar:
         """Add a helper function that other functions call."""
@@ -130,13 +148,3 @@ class ProgramBuilder:
             self.weights[key] = source.data
             self._keys[source] = key
         return self._keys[source]
-
-
-def _template(outputs: Sequence[Tensor]) -> str:
-    """What kind of kernel computes ``outputs``."""
-    for output in outputs:
-        if isinstance(output, LoopResult):
-            return output.nest.name
-        if isinstance(output, Reduction):
-            return "reduction"
-    return "elementwise"

@@ -14,6 +14,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
+from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload, typical
 from mmopt.backends.cpu.loops import i64, loop, loops, seq, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
@@ -58,10 +59,29 @@ def choose_tile(profile: Profile, dtype: str, rows: int | None, columns: int) ->
         rows: Rows to cover, when known; tiles are balanced so that the last is not a sliver.
         columns: Columns to cover.
     """
+    candidates = tile_candidates(profile, dtype, rows, columns)
+    return min(candidates, key=lambda tile: (_cycles(tile, rows or 12 * tile.rows, columns), -tile.columns))
+
+
+def tile_candidates(profile: Profile, dtype: str, rows: int | None, columns: int) -> list[Tile]:
+    """Tiles of all sensible widths, the widest first; see :func:`choose_tile`."""
     lanes = lanes_of(profile, dtype)
     widest = min(4 if profile.registers >= 32 else 2, max(1, -(-columns // lanes)))
-    candidates = [_balanced(profile, rows, vectors, lanes) for vectors in range(1, widest + 1)]
-    return min(candidates, key=lambda tile: (_cycles(tile, rows or 12 * tile.rows, columns), -tile.columns))
+    return [_balanced(profile, rows, vectors, lanes) for vectors in range(widest, 0, -1)]
+
+
+def tile_choice(chooser: Chooser, workload: Workload, tiles: Sequence[Tile]) -> Tile:
+    """The best of ``tiles`` for a workload with dims ``m``, ``n`` and ``k``, and perhaps ``batch``."""
+    dims = dict(workload.dims)
+    columns, steps = typical(dims["n"]), typical(dims["k"]) * typical(dims.get("batch", 1))
+    options = [
+        Candidate(
+            {"rows": tile.rows, "vectors": tile.vectors},
+            steps * _cycles(tile, typical(dims["m"], 12 * tile.rows), columns),
+        )
+        for tile in tiles
+    ]
+    return tiles[options.index(chooser.choose(workload, options))]
 
 
 def _balanced(profile: Profile, rows: int | None, vectors: int, lanes: int) -> Tile:
