@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
@@ -22,6 +23,9 @@ _CPU, _DEVICE_ID, _POOLED = 1, 0, 2
 _SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore of TVM: no thread is bound to one core
 
 T = TypeVar("T")
+
+Observer = Callable[..., int]
+"""``observer(function, name, before, result, *arguments)``, called before and after each call; returns 0."""
 
 
 class ThreadPoolSize:
@@ -71,6 +75,10 @@ class _Machine:
         self._module = module
         self._functions: dict[str, Any] = {}
 
+    def tell(self, observer: Observer) -> None:
+        """Call ``observer`` around every call of a kernel or a built-in function."""
+        self._module["set_instrument"](observer)
+
     def function(self, name: str) -> Any:
         if name not in self._functions:
             self._functions[name] = self._module[name]
@@ -115,6 +123,19 @@ class NativeEngine:
         if segment.params:
             arguments.append(self._param_array(segment.params))
         return self._pool_size.call(lambda: self._invoke(segment, arguments))
+
+    @contextlib.contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Runs inside use one virtual machine of their own that tells ``observer`` of every call."""
+        machine = _Machine(self._load_vm())
+        machine.tell(observer)
+        with self._lock:
+            kept, self._idle = self._idle, [machine]
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._idle = kept
 
     def _invoke(self, segment: Segment, arguments: list[Any]) -> list[Any]:
         machine = self._acquire()
