@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import tvm
-from tvm import relax
+from tvm import relax, tirx
 from tvm.ir import GlobalVar
 
 from mmopt.backends.compute import LoopNest, Reduction, Tensor
 from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.cpu.emit import Kernel, KernelEmitter
+from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, narrow_bits
 
@@ -25,6 +27,7 @@ class ProgramBuilder:
         profile: What is compiled for.
         chooser: Picks the parameters of kernel templates.
         kernels: One record for each distinct kernel, for reports.
+        built: The kernels themselves, by name.
         weights: Weight arrays by key, as the kernels want them.
     """
 
@@ -32,6 +35,7 @@ class ProgramBuilder:
         self.profile = profile
         self.chooser = chooser or Chooser()
         self.kernels: dict[str, dict[str, Any]] = {}
+        self.built: dict[str, Kernel] = {}
         self.weights: dict[str, np.ndarray] = {}
         self._registry = relax.BlockBuilder()
         self._functions: dict[str, relax.Function] = {}
@@ -60,7 +64,9 @@ class ProgramBuilder:
         name = str(handle.name_hint)
         self._names.add(name)
         if name not in self.kernels:
-            self.kernels[name] = {"name": name, "calls": 0, **self._description(emitter.plan.stages)}
+            described = self._description(emitter.plan.stages)
+            self.kernels[name] = {"name": name, "calls": 0, "bytes": _traffic(kernel), **described}
+            self.built[name] = kernel
         self.kernels[name]["calls"] += 1
         return handle, kernel
 
@@ -148,3 +154,13 @@ class ProgramBuilder:
             self.weights[key] = source.data
             self._keys[source] = key
         return self._keys[source]
+
+
+def _traffic(kernel: Kernel) -> int | None:
+    """Bytes of everything a kernel reads and writes, each once, when that is known."""
+    total = 0
+    for tensor in (*kernel.sources, *kernel.outputs):
+        if not all(isinstance(extent, tirx.IntImm) for extent in tensor.shape):
+            return None
+        total += math.prod(int(extent.value) for extent in tensor.shape) * itemsize(tensor.dtype)
+    return total
