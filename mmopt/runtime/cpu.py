@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import pathlib
@@ -38,6 +39,10 @@ _KERNEL_NAMES = {
     "crc": "crc32",
 }
 _SAME_MACHINE = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
+
+_SYS_ARCH_PRCTL = 158
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_TILE_DATA = 18
 
 
 def _normalize(feature: str) -> str:
@@ -114,13 +119,44 @@ def check_target(target: Mapping[str, Any], *, where: str) -> None:
             hint="compile it again with --target for this machine",
         )
     available = running_features()
-    missing = missing_features(target.get("features") or (), available) if available else []
+    features = target.get("features") or ()
+    missing = missing_features(features, available) if available else []
     if missing:
         raise UnsupportedError(
             f"the artifact is compiled for {name}, which has {', '.join(missing)}; this CPU does not",
             where=where,
             hint="compile it again with --target for this machine",
         )
+    request_permissions(features, where=where)
+
+
+def request_permissions(features: Iterable[str], *, where: str) -> None:
+    """Ask the system for what has to be asked for before code with ``features`` may run: AMX tiles, on Linux.
+
+    It holds for all threads of the process. Asking again is harmless.
+
+    Args:
+        features: What the code needs.
+        where: The artifact, for the error.
+
+    Raises:
+        UnsupportedError: The system refuses.
+    """
+    if "amxtile" not in {_normalize(feature) for feature in features} or platform.system() != "Linux":
+        return
+    if error := _ask_for_tiles():
+        raise UnsupportedError(
+            f"the system does not let this process use AMX tiles: {os.strerror(error)}",
+            where=where,
+            hint="Linux 5.16 or newer allows them; or compile again with --target icelake",
+        )
+
+
+def _ask_for_tiles() -> int:
+    """Error number of the request, 0 when it is granted."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    refused = libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _TILE_DATA)
+    return ctypes.get_errno() if refused else 0
 
 
 def allowed_cpus() -> tuple[int, ...]:

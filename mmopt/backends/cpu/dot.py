@@ -42,7 +42,7 @@ class Dot:
 
     Attributes:
         name: Its mnemonic.
-        a: Element type of the left operand in memory.
+        a: Element type of the left operand in memory; it may be wider than what was asked for.
         b: Element type of the right operand in memory.
         total: Type of the sums.
         group: Neighbours in depth that one lane takes.
@@ -122,7 +122,7 @@ def _bf16_dot(profile: Profile) -> Dot:
         return Dot("tdpbf16ps", "bfloat16", "bfloat16", "float32", 2, 16, 32, (32, 32), 512)
     if "avx512_bf16" in has and profile.vector_bytes == 64:
         return _simple(profile, "vdpbf16ps", "bfloat16", "bfloat16", "float32", 2, 1)
-    return _simple(profile, "fma", "bfloat16", "bfloat16", "float32", 1, 2)
+    return _simple(profile, "fma", "float32", "bfloat16", "float32", 1, 2)
 
 
 def _simple(
@@ -346,8 +346,8 @@ class _Kernel:
         self._prefetch()
         after = self.step("%ak", "%bk", [f"%x{n}" for n in range(len(first))])
         for n, (kind, value) in enumerate(zip(types, after, strict=True)):
-            w.line(f"  %y{n} = {_copy(kind, value)}")
-        w.line(f"  %ak1 = getelementptr i8, ptr %ak, i64 {self._a_step()}")
+            w.line(f"  %y{n} = bitcast {kind} {value} to {kind}")
+        w.line(f"  %ak1 = getelementptr i8, ptr %ak, i64 {self.step_bytes}")
         w.line(f"  %bk1 = getelementptr i8, ptr %bk, i64 {self.panel_bytes}")
         w.line(f"  %pk1 = getelementptr i8, ptr %pk, i64 {64 * self.kernel.prefetch}")
         w.line("  %k1 = add i64 %k, 1")
@@ -378,18 +378,11 @@ class _Kernel:
         self.w.line("  %again = icmp ult i64 %s_next, %segments")
         self.w.line("  br i1 %again, label %segment, label %done")
 
-    def _a_step(self) -> int:
-        return self.step_bytes
-
     def _prefetch(self) -> None:
         for n in range(self.kernel.prefetch):
             self.w.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)")
             where = self.w.at("%pk", 64 * n)
             self.w.line(f"  call void @llvm.prefetch.p0(ptr {where}, i32 0, i32 2, i32 1)")
-
-
-def _copy(kind: str, value: str) -> str:
-    return f"bitcast {kind} {value} to {kind}"
 
 
 class _Vectors(_Kernel):
@@ -453,17 +446,10 @@ class _Vectors(_Kernel):
         """One group of A in every lane."""
         w, dot, lanes = self.w, self.dot, self.lanes
         if dot.name == "fma":
-            return self._splat(self._float(place), "float")
+            return self._splat(w.let(f"load float, ptr {place}, align 1"), "float")
         value = self._splat(w.let(f"load i32, ptr {place}, align 1"), "i32")
         kind = {"vpdpbusd": "i8", "vpmaddwd": "i16", "vdpbf16ps": "bfloat"}[dot.name]
         return w.let(f"bitcast <{lanes} x i32> {value} to <{lanes * dot.group} x {kind}>")
-
-    def _float(self, place: str) -> str:
-        w = self.w
-        if self.dot.a == "float32":
-            return w.let(f"load float, ptr {place}, align 1")
-        wide = w.let(f"zext i16 {w.let(f'load i16, ptr {place}, align 1')} to i32")
-        return w.let(f"bitcast i32 {w.let(f'shl i32 {wide}, 16')} to float")
 
     def _splat(self, value: str, kind: str) -> str:
         one = self.w.let(f"insertelement <{self.lanes} x {kind}> poison, {kind} {value}, i64 0")
