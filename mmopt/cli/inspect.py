@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mmopt.cli.output import JsonFile, Output, Quiet, Verbose
+from mmopt.errors import UserError
 from mmopt.runtime.store import is_artifact
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
@@ -21,6 +22,16 @@ def inspect(
         list[str] | None, typer.Option(metavar="NAME:1x128", help="Shape of an input, for figures that depend on it.")
     ] = None,
     modality: Annotated[list[str] | None, typer.Option(metavar="NAME=image", help="Say what an input is.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Of an artifact: every kernel, its parameters and its speed here.")
+    ] = False,
+    inputs: Annotated[
+        pathlib.Path | None,
+        typer.Option(metavar="FILE.npz", help="What --kernels runs on. Default: made from the model."),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads --kernels runs with. Default: one per core.")
+    ] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
     json: JsonFile = None,
     verbose: Verbose = 0,
@@ -29,7 +40,15 @@ def inspect(
     """Show towers, parameters and FLOPs, operators, and what runs natively and what does not, with the reason."""
     show = Output(verbose, quiet, json)
     path = pathlib.Path(what)
-    if path.is_dir() or what.endswith((".mmopt", ".zip")) or is_artifact(path):
+    artifact = path.is_dir() or what.endswith((".mmopt", ".zip")) or is_artifact(path)
+    if artifact and kernels:
+        from mmopt.cli.inspecting_kernels import inspect_kernels
+
+        inspect_kernels(path, show, inputs=inputs, shapes=tuple(shape or ()), threads=threads)
+        return
+    if kernels:
+        raise UserError(f"{what} is not an artifact", where="--kernels", hint="compile it first: mmopt optimize MODEL")
+    if artifact:
         from mmopt.cli.inspecting_artifact import inspect_artifact
 
         inspect_artifact(path, show)
