@@ -197,7 +197,8 @@ _STEPS = {
 }
 
 
-def _draw_module(data: st.DataObject, most: int) -> Module:
+def draw_module(data: st.DataObject, most: int) -> Module:
+    """A random module of up to ``most`` + 1 steps that onnxruntime runs."""
     graphs = _Graphs(data)
     graphs.step()
     for _ in range(data.draw(st.integers(1, most), label="nodes")):
@@ -214,7 +215,7 @@ def _draw_module(data: st.DataObject, most: int) -> Module:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.data())
 def test_canonical_form_computes_the_same_bits(data: st.DataObject) -> None:
-    module = _draw_module(data, 14)
+    module = draw_module(data, 14)
     before = sum(1 for _ in module.graph.all_nodes())
     check(Canonicalize(), module, fires=_changes(module))
     assert sum(1 for _ in module.graph.all_nodes()) <= before
@@ -230,7 +231,7 @@ def _changes(module: Module) -> bool:
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(st.data())
 def test_inferred_shapes_are_those_that_onnxruntime_makes(data: st.DataObject) -> None:
-    module = _draw_module(data, 14)
+    module = draw_module(data, 14)
     facts = infer_shapes(module.model)
     results = evaluate(module, inputs_for(module))
     for value in module.graph.outputs:

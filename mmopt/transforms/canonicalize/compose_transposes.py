@@ -16,7 +16,8 @@ from mmopt.transforms.canonicalize.editing import is_onnx
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass
 
 
-def _permutation(node: ir.Node, rewriter: Rewriter) -> list[int] | None:
+def permutation(node: ir.Node, rewriter: Rewriter) -> list[int] | None:
+    """Permutation of a Transpose; reversed axes where it has none. ``None`` when unknown."""
     perm = node.attributes.get("perm")
     if perm is not None:
         return None if perm.is_ref() else list(perm.as_ints())
@@ -28,7 +29,7 @@ def _compose(node: ir.Node, rewriter: Rewriter) -> bool:
     inner = node.inputs[0].producer() if node.inputs[0] is not None else None
     if inner is None or not is_onnx(inner, "Transpose") or inner.inputs[0] is None:
         return False
-    first, second = _permutation(inner, rewriter), _permutation(node, rewriter)
+    first, second = permutation(inner, rewriter), permutation(node, rewriter)
     if first is None or second is None or len(first) != len(second):
         return False
     perm = [first[i] for i in second]

@@ -1,0 +1,11 @@
+"""Rewrites that make a graph cheaper: fewer nodes, less data moved, arithmetic done once, ahead of time."""
+
+from __future__ import annotations
+
+from mmopt.transforms.rewrite.absorb_pads import AbsorbPads
+from mmopt.transforms.rewrite.drop_expands import DropExpands
+from mmopt.transforms.rewrite.fold_affine import FoldAffine
+from mmopt.transforms.rewrite.merge_slices import MergeSlices
+from mmopt.transforms.rewrite.sink_transposes import SinkTransposes
+
+__all__ = ["AbsorbPads", "DropExpands", "FoldAffine", "MergeSlices", "SinkTransposes"]
