@@ -22,14 +22,20 @@ from mmopt.backends.profile import Profile
 INDEPENDENT = 8
 """Chains of multiply-adds that fill two pipelines of latency four."""
 
+LINE = 64
+"""Bytes of a cache line."""
+
 ReadA = Callable[..., Expr]
 """``a(i, *k)``: one element for row ``i``."""
 
 ReadB = Callable[..., Expr]
 """``b(vector, lane, *k)``: the element of a lane of a vector of columns."""
 
-Deliver = Callable[[Expr, Expr, Expr], Stmt]
-"""``deliver(vector, lane, value)`` bound to a row: the statement that consumes one result."""
+Deliver = Callable[..., Stmt]
+"""``deliver(row, vector, lane, value)``: the statement that consumes one result."""
+
+Ahead = Callable[..., Stmt]
+"""``ahead(*k)``: what is done besides in each round of the loop over the depth, such as fetching what comes next."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +112,23 @@ def _cycles(tile: Tile, rows: int, columns: int) -> float:
     return total
 
 
+@dataclasses.dataclass(frozen=True)
+class PartialSums:
+    """Where sums wait while the depth is walked in blocks, with other tiles in between.
+
+    Attributes:
+        buffer: Memory for them.
+        place: ``place(row, vector, lane)``: index of one of them.
+        first: Whether this is the first block of the depth, so that sums start at zero.
+        last: Whether it is the last, so that results are complete.
+    """
+
+    buffer: tirx.Buffer
+    place: Callable[[int, int, Expr], Expr]
+    first: Expr
+    last: Expr
+
+
 @dataclasses.dataclass
 class RegisterTile:
     """Code of one tile.
@@ -119,6 +142,9 @@ class RegisterTile:
         buffered: Results pass through memory, so that long epilogues are loops and not unrolled code.
         vectors: Vectors of a full tile, where this one is cut off at the edge: it sums in the same order, so that equal
             columns give equal results wherever they are.
+        steps: Steps of the innermost depth in one round of its loop.
+        scratch: Memory of ``rows × width`` elements for ``buffered``; the tile allocates its own when there is none.
+        columns: Columns that are really there, when that is only known at run time; goes with ``buffered``.
     """
 
     dtype: str
@@ -128,25 +154,46 @@ class RegisterTile:
     limit: Expr | None = None
     buffered: bool = False
     vectors: int = 0
+    steps: int = 1
+    scratch: tirx.Buffer | None = None
+    columns: Expr | None = None
 
     def __post_init__(self) -> None:
         self.width = sum(self.spans)
         chains = self.rows * (self.vectors or len(self.spans))
         alone = self.width == 1 and self.vectors <= 1
         self.copies = 1 if chains >= INDEPENDENT or alone else -(-INDEPENDENT // chains)
-        self.acc = tirx.decl_buffer((i64(self.copies * self.rows * self.width),), self.dtype, "acc")
+        self.steps = -(-self.steps // self.copies) * self.copies
+        # One small buffer for each row: LLVM keeps those in registers whatever else the loop does.
+        self.acc = [
+            [tirx.decl_buffer((i64(self.width),), self.dtype, "acc") for _ in range(self.rows)]
+            for _ in range(self.copies)
+        ]
 
-    def emit(self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt]) -> Stmt:
+    def emit(
+        self,
+        depth: Sequence[Expr],
+        a: ReadA,
+        b: ReadB,
+        deliver: Deliver,
+        *,
+        ahead: Ahead | None = None,
+        partial: PartialSums | None = None,
+    ) -> Stmt:
         """Clear, accumulate over ``depth``, hand over.
 
         Args:
             depth: Extents of the summed axes, outermost first.
             a: Reads the left operand.
             b: Reads the right operand.
-            deliver: ``deliver(row, vector, lane, value)``.
+            deliver: Consumes the results.
+            ahead: Done once in each round of ``steps`` steps; gets the outer indices and the number of the round.
+            partial: Where sums come from and go to when ``depth`` is but one block of the whole.
         """
         done = self._through_memory(deliver) if self.buffered and self.rows * self.width > 1 else self._hand(deliver)
-        return seq(self.accumulate(depth, a, b), done)
+        if partial is not None:
+            done = when(partial.last, done, self._each(lambda i, n, v: self._put_away(partial, i, n, v)))
+        return seq(self.accumulate(depth, a, b, ahead=ahead, partial=partial), done)
 
     def emit_rows(
         self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt], used: int | None = None
@@ -155,10 +202,7 @@ class RegisterTile:
 
         Only the first ``used`` lanes are delivered when given.
         """
-
-        values, save = self.acc, None
-        if self.rows > 1:
-            values, save = self._saved()
+        values, save = self._saved() if self.rows > 1 else (self.acc[0][0], None)
 
         def row(i: Expr) -> Stmt:
             def lane(v: Expr) -> Stmt:
@@ -168,8 +212,16 @@ class RegisterTile:
 
         return seq(self.accumulate(depth, a, b), save, loop(self._count(), row, name="i"))
 
-    def accumulate(self, depth: Sequence[Expr], a: ReadA, b: ReadB) -> Stmt:
-        """Clear the accumulators and sum over ``depth``.
+    def accumulate(
+        self,
+        depth: Sequence[Expr],
+        a: ReadA,
+        b: ReadB,
+        *,
+        ahead: Ahead | None = None,
+        partial: PartialSums | None = None,
+    ) -> Stmt:
+        """Clear the accumulators and sum over ``depth``; arguments as for :meth:`emit`.
 
         A tile with few accumulators keeps several copies of each and walks the depth in steps of as many, because one
         chain of dependent multiply-adds cannot fill the pipeline.
@@ -177,43 +229,52 @@ class RegisterTile:
 
         def step(copy: int, *k: Expr) -> Stmt:
             def update(i: int, n: int, v: Expr) -> Stmt:
-                at = self._at(i, n, v, copy)
-                return tirx.BufferStore(self.acc, self.acc[at] + a(i64(i), *k) * b(i64(n), v, *k), [at])
+                return self._set(i, n, v, self._get(i, n, v, copy) + a(i64(i), *k) * b(i64(n), v, *k), copy)
 
             return self._each(update)
 
-        def clear(copy: int) -> Stmt:
-            zero = tirx.const(0, self.dtype)
-            return self._each(lambda i, n, v: tirx.BufferStore(self.acc, zero, [self._at(i, n, v, copy)]))
-
-        def fold(copy: int) -> Stmt:
-            def add(i: int, n: int, v: Expr) -> Stmt:
-                at = self._at(i, n, v)
-                return tirx.BufferStore(self.acc, self.acc[at] + self.acc[self._at(i, n, v, copy)], [at])
-
-            return self._each(add)
-
         *outer, inner = depth
-        blocks = simplify(tirx.floordiv(inner, i64(self.copies)))
-        rest = simplify(tirx.floormod(inner, i64(self.copies)))
+        rounds = simplify(tirx.floordiv(inner, i64(self.steps)))
+        rest = simplify(tirx.floormod(inner, i64(self.steps)))
 
         def walk(*at: Expr) -> Stmt:
-            def block(k: Expr) -> Stmt:
-                return seq(*(step(c, *at, k * self.copies + c) for c in range(self.copies)))
+            def body(k: Expr) -> Stmt:
+                steps = (step(c % self.copies, *at, k * self.steps + c) for c in range(self.steps))
+                return seq(None if ahead is None else ahead(*at, k), *steps)
 
-            tail = loop(rest, lambda k: step(0, *at, blocks * self.copies + k), name="k")
-            return seq(loop(blocks, block, name="k"), tail if self.copies > 1 else None)
+            tail = loop(rest, lambda k: step(0, *at, rounds * self.steps + k), name="k")
+            return seq(loop(rounds, body, name="k"), tail if self.steps > 1 else None)
 
-        copies = range(self.copies)
         return seq(
-            tirx.AllocBuffer(self.acc),
-            *(clear(c) for c in copies),
+            *(tirx.AllocBuffer(row) for copy in self.acc for row in copy),
+            self._begin(partial),
             loops(outer, walk, "k"),
-            *(fold(c) for c in copies if c),
+            *(self._fold(copy) for copy in range(1, self.copies)),
         )
 
-    def _at(self, i: int, n: int, v: Expr, copy: int = 0) -> Expr:
-        return i64((copy * self.rows + i) * self.width + n * self.lanes) + v
+    def _begin(self, partial: PartialSums | None) -> Stmt:
+        zero = tirx.const(0, self.dtype)
+        first, *others = (
+            self._each(lambda i, n, v, c=copy: self._set(i, n, v, zero, c))  # type: ignore[misc]
+            for copy in range(self.copies)
+        )
+        if partial is not None:
+            resumed = self._each(lambda i, n, v: self._set(i, n, v, partial.buffer[partial.place(i, n, v)]))
+            first = when(partial.first, first, resumed)
+        return seq(first, *others)
+
+    def _fold(self, copy: int) -> Stmt:
+        """Add a copy of the accumulators to the first."""
+        return self._each(lambda i, n, v: self._set(i, n, v, self._get(i, n, v) + self._get(i, n, v, copy)))
+
+    def _put_away(self, partial: PartialSums, i: int, n: int, v: Expr) -> Stmt:
+        return tirx.BufferStore(partial.buffer, self._get(i, n, v), [partial.place(i, n, v)])
+
+    def _get(self, i: int, n: int, v: Expr, copy: int = 0) -> Expr:
+        return self.acc[copy][i][i64(n * self.lanes) + v]
+
+    def _set(self, i: int, n: int, v: Expr, value: Expr, copy: int = 0) -> Stmt:
+        return tirx.BufferStore(self.acc[copy][i], value, [i64(n * self.lanes) + v])
 
     def _row(self, i: int, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
         return seq(
@@ -224,21 +285,25 @@ class RegisterTile:
         """``body(row, vector, lane)`` over the tile, fully unrolled."""
         return seq(*(self._row(i, body) for i in range(self.rows)))
 
-    def _hand(self, deliver: Callable[..., Stmt]) -> Stmt:
+    def _hand(self, deliver: Deliver) -> Stmt:
         def hand(i: int, n: int, v: Expr) -> Stmt:
-            return deliver(i64(i), i64(n), v, self.acc[self._at(i, n, v)])
+            return deliver(i64(i), i64(n), v, self._get(i, n, v))
 
         if self.limit is None:
             return self._each(hand)
         return seq(*(when(i64(i) < self.limit, self._row(i, hand)) for i in range(self.rows)))
 
-    def _through_memory(self, deliver: Callable[..., Stmt]) -> Stmt:
+    def _through_memory(self, deliver: Deliver) -> Stmt:
         copy, save = self._saved()
 
-        def vector(i: Expr, n: Expr, used: int) -> Stmt:
-            return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.lanes + v]), "vectorized", "v")
+        def vector(i: Expr, n: Expr, used: int | Expr, kind: str = "vectorized") -> Stmt:
+            return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.lanes + v]), kind, "v")
 
         def row(i: Expr) -> Stmt:
+            if self.columns is not None:
+                whole = tirx.floordiv(self.columns, i64(self.lanes))
+                main = loop(whole, lambda n: vector(i, n, self.lanes), name="n")
+                return seq(main, vector(i, whole, self.columns - whole * self.lanes, "serial"))
             full = sum(used == self.lanes for used in self.spans)
             main = loop(full, lambda n: vector(i, n, self.lanes), name="n")
             return seq(main, vector(i, i64(full), self.spans[-1]) if full < len(self.spans) else None)
@@ -247,9 +312,13 @@ class RegisterTile:
 
     def _saved(self) -> tuple[tirx.Buffer, Stmt]:
         """A copy of the tile in memory, which may be indexed by loop variables, and the statement that makes it."""
-        copy = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
-        save = self._each(lambda i, n, v: tirx.BufferStore(copy, self.acc[self._at(i, n, v)], [self._at(i, n, v)]))
-        return copy, seq(tirx.AllocBuffer(copy), save)
+        copy = self.scratch or tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
+
+        def store(i: int, n: int, v: Expr) -> Stmt:
+            return tirx.BufferStore(copy, self._get(i, n, v), [i64(i * self.width + n * self.lanes) + v])
+
+        save = self._each(store)
+        return copy, save if self.scratch is not None else seq(tirx.AllocBuffer(copy), save)
 
     def _count(self) -> Expr:
         """Rows that are really there."""
@@ -259,3 +328,12 @@ class RegisterTile:
 def spans(width: int, lanes: int) -> list[int]:
     """Lanes used of each vector that covers ``width`` columns."""
     return [min(lanes, width - o) for o in range(0, width, lanes)]
+
+
+def fetch(element: Expr, level: int = 2) -> Stmt:
+    """Start to load the cache line of ``element``, into the caches from ``level`` outwards."""
+    read, data = tirx.const(0, "int32"), tirx.const(1, "int32")
+    address = tirx.address_of(element)
+    return tirx.Evaluate(
+        tirx.call_llvm_intrin("void", "llvm.prefetch", address, read, tirx.const(4 - level, "int32"), data)
+    )
