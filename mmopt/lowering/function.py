@@ -29,6 +29,9 @@ from mmopt.lowering.values import (
     plain_view,
 )
 
+REMEMBERING = frozenset({"Cast", "Gemm", "MatMul", "QuantizeLinear", "Reshape", "Transpose"})
+"""Operators that use what a deferred value was made from, or hand it on. All others get it in memory."""
+
 FAILED = "its lowering failed"
 """Start of the reason given for a node whose lowering raised: a bug, which onnxruntime covers up."""
 
@@ -117,6 +120,11 @@ class FunctionLowering:
                 self.symbols[name] = tirx.Var(name, "int64")
         return self.symbols[name]
 
+    @property
+    def lazy(self) -> bool:
+        """Whether a fusion group is being lowered, whose values are not stored node by node."""
+        return self._lazy > 0
+
     def fresh_symbol(self, hint: str) -> Expr:
         """A size variable nobody uses yet, for an extent known only at run time."""
         return self.symbol(self.program.unique(f"{hint}_size"))
@@ -190,6 +198,8 @@ class FunctionLowering:
             NotLowered: Something about the node has no lowering.
         """
         inputs = [None if v is None else self.value(v) for v in node.inputs]
+        if not self._lazy and node.domain != FUSED_DOMAIN and node.op_type not in REMEMBERING:
+            self.realize([v for v in inputs if v is not None and v.deferred], "operand")
         if node.domain == FUSED_DOMAIN:
             outputs = self._fusion_group(node, inputs)
         else:
@@ -199,10 +209,8 @@ class FunctionLowering:
         for made, value in zip(node.outputs, outputs, strict=False):
             self.values[made] = value
         if not self._lazy:
-            self.realize(
-                [v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()],
-                node.op_type,
-            )
+            used = [v for o, v in zip(node.outputs, outputs, strict=False) if o.uses() or o.is_graph_output()]
+            self.realize([v for v in used if not v.deferred], node.op_type)
 
     def _legal_operator(self, node: ir.Node, inputs: list[Value | None]) -> list[Value]:
         try:
@@ -302,6 +310,17 @@ class FunctionLowering:
 
     def reshape(self, value: Value, shape: Sequence[int | Expr]) -> Value:
         """``value`` with other extents and the same elements in order; never copies what is in memory."""
+        made = self._reshaped(value, shape)
+        if made is not value:
+            made.bits = value.bits
+            if value.narrow is not None:
+                made.narrow = self.reshape(value.narrow, shape)
+            if value.quantized is not None and value.quantized.single:
+                integers = self.reshape(value.quantized.value, shape)
+                made.quantized = dataclasses.replace(value.quantized, value=integers)
+        return made
+
+    def _reshaped(self, value: Value, shape: Sequence[int | Expr]) -> Value:
         extents = [simplify(index(d)) for d in shape]
         if value.constant is not None and all(isinstance(e, tirx.IntImm) for e in extents):
             return Value(constant=value.constant.reshape([int(e.value) for e in extents]), name=value.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,6 +97,30 @@ class ConstantSource(Source):
         self.data = data
 
 
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """What a dequantized value was: ``(value - zero) · scale``.
+
+    Attributes:
+        value: The integers.
+        scale: One number, one for each index of ``axis``, or one for each block of it.
+        zero: As ``scale``; ``None`` for zero.
+        axis: The axis that scale and zero point differ along, counted from the front.
+        block: Indices of ``axis`` that share a scale; 0 when scales are not blocked.
+    """
+
+    value: Value
+    scale: Value
+    zero: Value | None
+    axis: int
+    block: int = 0
+
+    @property
+    def single(self) -> bool:
+        """Whether one scale holds for all elements."""
+        return self.scale.ndim == 0 or all(isinstance(d, tirx.IntImm) and int(d.value) == 1 for d in self.scale.shape)
+
+
 class Value:
     """One ONNX value during lowering.
 
@@ -107,6 +132,8 @@ class Value:
         constant: The data when known at compile time.
         bits: For integers of less than a byte, how many bits of the byte count.
         blocked: The same data as ``[N, C/B, *space, B]``, where a convolution made it in that layout.
+        narrow: The narrower floats this value was widened from, of the same shape.
+        quantized: The integers this value was dequantized from, of the same shape.
         elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
     """
 
@@ -124,6 +151,8 @@ class Value:
         self.name = name
         self.blocked: Tensor | None = None
         self.bits: int | None = None
+        self.narrow: Value | None = None
+        self.quantized: Quantized | None = None
         self._elements = elements
         if tensor is not None:
             self.shape, self.dtype = tensor.shape, tensor.dtype
@@ -171,6 +200,11 @@ class Value:
         if self.blocked is not None:
             return not isinstance(self.blocked, Source)
         return self._tensor is not None and not isinstance(self._tensor, Source) and self.constant is None
+
+    @property
+    def deferred(self) -> bool:
+        """Whether whoever uses the value may rather use what it was made from; until then it is not stored."""
+        return (self.narrow is not None or self.quantized is not None) and self.pending
 
     @property
     def elements(self) -> np.ndarray | None:

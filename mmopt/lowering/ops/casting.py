@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from tvm import tirx
@@ -41,6 +42,9 @@ def converted(node: OpNode, value: Value, dtype: str) -> Value:
     """``value`` as ``dtype``."""
     if value.dtype == dtype:
         return value
+    if value.constant is not None and value.dtype == "float32" and dtype == "bfloat16":
+        with np.errstate(all="ignore"):
+            return node.context.constant(value.constant.astype(ml_dtypes.bfloat16), value.name)
     if value.constant is not None and value.constant.size <= MAX_ELEMENTS and "bfloat16" not in (value.dtype, dtype):
         with np.errstate(all="ignore"):
             return node.context.constant(value.constant.astype(dtype), value.name)
@@ -48,7 +52,10 @@ def converted(node: OpNode, value: Value, dtype: str) -> Value:
         followed = follow([value], truth if dtype == "bool" else lambda e: e.astype("int64"), dtype)
         if followed is not None:
             return followed
-    return elementwise(node, [value], lambda x: cast_expr(x, dtype), dtype, "cast")
+    made = elementwise(node, [value], lambda x: cast_expr(x, dtype), dtype, "cast")
+    if value.dtype in HALF_DTYPES and dtype == "float32":
+        made.narrow = value
+    return made
 
 
 def cast_expr(x: Expr, dtype: str) -> Expr:

@@ -15,6 +15,7 @@ from mmopt.backends.cpu.kernels.tile import Tile, tile_candidates, tile_choice
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import broadcast_shape, elementwise, read
+from mmopt.lowering.ops.products import narrow_product, transposed_origin
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import Value
 
@@ -37,6 +38,8 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
         rows = [] if a.ndim == 1 else [full.shape[-2]]
         columns = [] if b.ndim == 1 else [full.shape[-1]]
         return context.reshape(full, [*full.shape[:-2], *rows, *columns])
+    if (narrow := narrow_product(node, a, b)) is not None:
+        return narrow
     if a.dtype not in _TEMPLATE_DTYPES:
         return _plain(node, a, b)
     if b.constant is not None and b.ndim == 2 and static(b.shape[1]):
@@ -153,4 +156,6 @@ def transposed(node: OpNode, value: Value) -> Value:
     if value.constant is not None:
         return Value(constant=np.ascontiguousarray(value.constant.T), name=value.name)
     tensor = node.context.tensor(value)
-    return Value(Map((value.shape[1], value.shape[0]), value.dtype, lambda i, j: tensor[j, i], "transpose"))
+    made = Value(Map((value.shape[1], value.shape[0]), value.dtype, lambda i, j: tensor[j, i], "transpose"))
+    transposed_origin(value, made, (1, 0))
+    return made

@@ -26,6 +26,7 @@ from mmopt.lowering.ops.extents import (
     pick,
     settled,
 )
+from mmopt.lowering.ops.products import transposed_origin
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Value, from_elements
 
@@ -52,7 +53,9 @@ def transposed(node: OpNode, data: Value, order: Sequence[int]) -> Value:
     node.context.tensor(data)
     inverse = [list(order).index(a) for a in range(data.ndim)]
     body = lambda *at: data.tensor[tuple(at[p] for p in inverse)]  # noqa: E731
-    return Value(Map(extents, data.dtype, body, "transpose"), name=node.name)
+    made = Value(Map(extents, data.dtype, body, "transpose"), name=node.name)
+    transposed_origin(data, made, order)
+    return made
 
 
 # -- joining and splitting -------------------------------------------------------------------------------------

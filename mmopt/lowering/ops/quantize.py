@@ -10,13 +10,14 @@ from tvm.ir import Expr
 
 from mmopt.backends.compute import SUM, Map, Reduction
 from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops import products
 from mmopt.lowering.ops.casting import saturated
 from mmopt.lowering.ops.elementwise import accumulator, broadcast_index, broadcast_shape
 from mmopt.lowering.ops.extents import i64, known
 from mmopt.lowering.ops.pooling import placed, windows_of
 from mmopt.lowering.ops.reduction import LARGEST, SMALLEST, Rule, over
 from mmopt.lowering.registry import OpNode, lowers
-from mmopt.lowering.values import NotLowered, Value, dtype_name, narrow_bits, static_shape
+from mmopt.lowering.values import NotLowered, Quantized, Value, dtype_name, narrow_bits, static_shape
 
 Parameter = Callable[[Sequence[Expr]], Expr]
 """Gives a scale or zero point at an index of the tensor it belongs to."""
@@ -88,7 +89,11 @@ def dequantize_linear(node: OpNode) -> Value:
         )
         return (difference.astype(wide) * step(at).astype(wide)).astype(dtype)
 
-    return Value(Map(data.shape, dtype, body, "dequantize"), name=node.name)
+    made = Value(Map(data.shape, dtype, body, "dequantize"), name=node.name)
+    if not node.attr("block_size", 0) or scale.ndim == data.ndim:
+        axis = node.attr("axis", 1) % max(data.ndim, 1)
+        made.quantized = Quantized(data, scale, zero, axis, node.attr("block_size", 0))
+    return made
 
 
 @lowers("DynamicQuantizeLinear")
@@ -138,6 +143,9 @@ def _at(value: Value, at: Sequence[Expr], along: int) -> Expr:
 
 def integer_product(node: OpNode, a: Value, b: Value, a_zero: Value | None, b_zero: Value | None) -> Value:
     """``(a - a_zero) @ (b - b_zero)`` in 32-bit integers."""
+    fast = products.integer_product(node, a, b, a_zero, b_zero)
+    if fast is not None:
+        return fast
     for value in (a, b, a_zero, b_zero):
         if value is not None:
             node.context.tensor(value)
