@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _LEVEL_RECIPES = {0: "o0", 1: "o1", 2: "o2", 3: "o2"}
 LEVELS = tuple(_LEVEL_RECIPES)
 """Optimization levels."""
+NARROW = ("bf16", "fp16")
+"""Precisions that need nothing but to be asked for."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +83,7 @@ def optimize(
     *,
     target: str = "cpu",
     level: int = 2,
-    precision: str = "fp32",
+    precision: str | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     passes: Sequence[Pass | str] = (),
     inputs: Inputs | Sequence[Inputs] | None = None,
@@ -100,7 +102,8 @@ def optimize(
         target: Name of the target, for passes that ask.
         level: 0 only works out shapes, 1 runs exact rewrites, 2 also those that round differently, 3 the same (what it
             adds is in compiling).
-        precision: ``fp32``; a lossy precision needs a recipe or passes that bring it.
+        precision: ``fp32``, or ``bf16`` or ``fp16`` to round what matrix products, convolutions, attention and
+            recurrence read, and to store weights so; what the recipe says, or ``fp32``, when None.
         recipe: A recipe, or its name or file, instead of the level's own.
         passes: Further passes: objects, or as on the command line (``my-pass{threshold=0.5}``).
         inputs: Inputs to validate on; probes when None.
@@ -121,6 +124,8 @@ def optimize(
     chosen = choose_recipe(level, precision, recipe, passes)
     settings = chosen.merged(validate=validate, strict=strict, seed=seed)
     result = module.clone()
+    if chosen_precision(chosen, precision) in NARROW:
+        _note_arithmetic(result, target, chosen_precision(chosen, precision))
     manager = PassManager(
         chosen.phases,
         validate=settings["validate"],
@@ -138,7 +143,7 @@ def optimize(
 
 def choose_recipe(
     level: int = 2,
-    precision: str = "fp32",
+    precision: str | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     passes: Sequence[Pass | str] = (),
 ) -> Recipe:
@@ -161,14 +166,53 @@ def choose_recipe(
     else:
         chosen = load_recipe(str(recipe or _LEVEL_RECIPES[level]), extra=specs)
         objects = [pass_ for pass_ in passes if not isinstance(pass_, str)]
-    if precision not in ("fp32", chosen.settings.get("precision", "fp32")):
-        raise UserError(
-            f"no pass here brings the precision {precision!r}",
-            hint="only fp32 works without a recipe or passes for another one",
-        )
-    if objects:
-        return dataclasses.replace(chosen, phases=before_fusion(chosen.phases, Phase("given", tuple(objects))))
+    phases = [Phase("given", tuple(objects))] if objects else []
+    if rounding := _rounding(chosen, chosen_precision(chosen, precision)):
+        phases.append(Phase("precision", rounding))
+    for phase in phases:
+        chosen = dataclasses.replace(chosen, phases=before_fusion(chosen.phases, phase))
     return chosen
+
+
+def chosen_precision(recipe: Recipe, given: str | None) -> str:
+    """The number format by precedence: what was given, then what the recipe says, then ``fp32``."""
+    return str(given or recipe.settings.get("precision", "fp32"))
+
+
+def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
+    """The pass that brings ``precision``, when the recipe lacks it.
+
+    Raises:
+        UserError: No pass here or in the recipe does.
+    """
+    from mmopt.transforms.precision import NarrowFloats
+
+    if precision == "fp32":
+        return ()
+    if precision in NARROW:
+        pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
+        return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)
+    if precision == recipe.settings.get("precision"):
+        return ()
+    raise UserError(
+        f"no pass here brings the precision {precision!r}",
+        hint="fp32, bf16 and fp16 work by themselves; others need a recipe that brings them",
+    )
+
+
+def _note_arithmetic(module: Module, target: str, precision: str) -> None:
+    """Say what a narrow format is good for on a target that has no arithmetic in it. It is used all the same: weights
+    and stored values take half the memory, and the model means the same wherever it runs."""
+    from mmopt.backends.profile import load_profile
+
+    features = load_profile(target).features
+    if precision == "fp16" or not {"avx512_bf16", "amx_bf16", "bf16"} & set(features):
+        module.remark(
+            "narrow-floats",
+            "note",
+            "",
+            f"target {target} multiplies in fp32: {precision} halves memory there, and arithmetic is as fast as before",
+        )
 
 
 def compile(

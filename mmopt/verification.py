@@ -36,6 +36,7 @@ class Verification:
         outputs: The worst comparison of each output over all sets of inputs, by name.
         inputs_from: ``given`` or ``probes``.
         sets: Sets of inputs.
+        precision: The coarsest number format either of them computes in, from which the tolerance follows.
         notes: What a reader must know.
     """
 
@@ -44,6 +45,7 @@ class Verification:
     outputs: dict[str, OutputComparison]
     inputs_from: str
     sets: int
+    precision: str = "float32"
     notes: tuple[str, ...] = ()
 
     @property
@@ -65,6 +67,7 @@ class Verification:
             "reference": self.reference,
             "inputs": self.inputs_from,
             "sets": self.sets,
+            "precision": self.precision,
             "max_relative_error": self.max_relative_error if math.isfinite(self.max_relative_error) else None,
             "outputs": {name: output.to_dict() for name, output in self.outputs.items()},
             "notes": list(self.notes),
@@ -109,7 +112,8 @@ def compare_runnables(
     batches = [inputs] if isinstance(inputs, Mapping) else inputs
     if batches is None:
         batches = _probes(modules, seed, shapes or {})
-    bound = _tolerance(modules, tolerance)
+    precision = _coarsest(modules)
+    bound = _tolerance(precision, tolerance)
     if any(is_random(module) for module in modules):
         notes.append("the model draws random numbers: only shapes and dtypes were compared")
         bound = dataclasses.replace(bound, relative=math.inf)
@@ -123,6 +127,7 @@ def compare_runnables(
         outputs={name: output for name, group in found.items() if (output := worst(group)) is not None},
         inputs_from="probes" if inputs is None else "given",
         sets=len(batches),
+        precision=precision,
         notes=tuple(notes),
     )
 
@@ -151,7 +156,10 @@ def _probes(modules: Sequence[Module], seed: int, shapes: Shapes) -> Sequence[In
         )
 
 
-def _tolerance(modules: Sequence[Module], relative: float | None) -> Tolerance:
-    precision = max((working_precision(module) for module in modules), key=_COARSEST.index, default="float32")
+def _coarsest(modules: Sequence[Module]) -> str:
+    return max((working_precision(module) for module in modules), key=_COARSEST.index, default="float32")
+
+
+def _tolerance(precision: str, relative: float | None) -> Tolerance:
     bound = tolerance_for(Fidelity.ROUNDING, precision)
     return bound if relative is None else dataclasses.replace(bound, relative=relative)

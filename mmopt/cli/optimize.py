@@ -35,7 +35,10 @@ def optimize(
         list[str] | None,
         typer.Option("--pass", metavar="NAME{OPTION=VALUE}", help="Further pass; also module:Class or file.py:Class."),
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="fp32", help="Number format; lossy ones need passes.")] = "fp32",
+    precision: Annotated[
+        str | None,
+        typer.Option(metavar="fp32|bf16|fp16", help="Format of weights and of what products, convolutions, … read."),
+    ] = None,
     calib: Annotated[
         pathlib.Path | None, typer.Option(metavar="FILE.npz|DIR", help="Calibration samples; the leading axis counts.")
     ] = None,

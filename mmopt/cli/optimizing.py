@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmopt.analysis.probes import load_inputs, probe_inputs
-from mmopt.api import OptimizeResult, choose_recipe, compile, load
+from mmopt.api import OptimizeResult, choose_recipe, chosen_precision, compile, load
 from mmopt.api import optimize as optimize_module
 from mmopt.building import CompileResult
 from mmopt.cli.output import Output, size_text, time_text
@@ -27,6 +27,7 @@ from mmopt.runtime import atomic
 from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
+from mmopt.transforms.precision import NarrowFloats
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class Request:
     level: int
     recipe: str | None
     passes: tuple[str, ...]
-    precision: str
+    precision: str | None
     calib: pathlib.Path | None
     inputs: tuple[pathlib.Path, ...]
     shapes: tuple[str, ...]
@@ -98,7 +99,7 @@ class Job:
             jobs=request.jobs,
         )
         self._settings.setdefault("target", "cpu")
-        self._settings.setdefault("precision", request.precision)
+        self._settings["precision"] = chosen_precision(self._recipe, request.precision)
         self._emit = _emit(request)
         self._output = _output(request, self._emit)
 
@@ -133,6 +134,9 @@ class Job:
             show.warn(f"pass {record.name} was rolled back: {record.reason}")
         for note in optimized.report.notes:
             show.say(note)
+        for remark in optimized.module.remarks:
+            if remark.source == NarrowFloats.name:
+                show.say(f"{remark.node or 'precision'}: {remark.message}", level=0 if not remark.node else 1)
         outcome = self._write(original, optimized, inputs)
         self._tell(outcome, optimized.report)
 
@@ -293,7 +297,8 @@ def _exactness_text(outcome: Outcome) -> str:
         return outcome.unverified
     source = "given inputs" if check.inputs_from == "given" else "inputs made from the model"
     verdict = "" if check.ok else "DISAGREES: "
-    return f"{verdict}largest error {check.max_relative_error:.2g} of an output's range ({check.sets} sets of {source})"
+    error = f"largest error {check.max_relative_error:.2g} of an output's range"
+    return f"{verdict}{error} in {check.precision} ({check.sets} sets of {source})"
 
 
 def write_onnx(module: Module, output: pathlib.Path) -> int:

@@ -56,7 +56,8 @@ def verify(
         show.say(note)
     verdict = "agree" if found.ok else "DISAGREE"
     show.result(
-        f"{verdict}: largest error {found.max_relative_error:.2g} of an output's range, {found.sets} sets of inputs"
+        f"{verdict}: largest error {found.max_relative_error:.2g} of an output's range in {found.precision}, "
+        f"{found.sets} sets of inputs"
     )
     show.json(found.to_dict())
     found.check()

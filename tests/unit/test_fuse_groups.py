@@ -177,6 +177,68 @@ def test_an_anchor_whose_result_is_needed_elsewhere_too() -> None:
     assert any("is needed elsewhere too" in reason for reason in left_alone(text))
 
 
+NARROW = """g (bfloat16[1,8,6,6] a, bfloat16[8,8,1,1] v, bfloat16[8,8,1,1] w)
+    => (bfloat16[1,8,6,6] b, bfloat16[1,8,6,6] y) {
+    x = Cast<to = 1>(a)
+    f = Cast<to = 1>(v)
+    c = Conv(x, f)
+    r = Relu(c)
+    b = Cast<to = 16>(r)
+    z = Cast<to = 1>(b)
+    g0 = Cast<to = 1>(w)
+    d = Conv(z, g0)
+    e = Add(d, x)
+    y = Cast<to = 16>(e)
+}"""
+
+
+def test_narrow_values_stay_narrow_between_groups() -> None:
+    groups = grouped(NARROW)
+    assert [[op for op in group if op != "Cast"] for group in groups] == [["Conv", "Relu"], ["Conv", "Add"]]
+    assert [group.count("Cast") for group in groups] == [3, 4], "what two groups read is widened in both"
+
+
+def test_quantized_values_stay_integers_between_groups() -> None:
+    text = """g (int8[1,8,6,6] a, float s, int8 z, int8[8,8,1,1] w, float[8] t, int8[8] o) => (int8[1,8,3,3] y) {
+        x = DequantizeLinear(a, s, z)
+        f = DequantizeLinear<axis = 0>(w, t, o)
+        c = Conv(x, f)
+        r = Relu(c)
+        b = QuantizeLinear(r, s, z)
+        d = DequantizeLinear(b, s, z)
+        p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(d)
+        q = QuantizeLinear(p, s, z)
+        h = DequantizeLinear(q, s, z)
+        k = Softmax(h)
+        y = QuantizeLinear(k, s, z)
+    }"""
+    assert grouped(text) == [
+        ["DequantizeLinear", "DequantizeLinear", "Conv", "Relu", "QuantizeLinear"],
+        ["DequantizeLinear", "MaxPool", "QuantizeLinear"],
+        ["DequantizeLinear", "Softmax", "QuantizeLinear"],
+    ]
+
+
+def test_a_result_that_is_needed_wide_and_narrow() -> None:
+    text = """g (float[3,4] x, float[4,4] w) => (float[3,4] m, bfloat16[3,4] y) {
+        m = MatMul(x, w)
+        y = Cast<to = 16>(m)
+    }"""
+    assert grouped(text) == [["MatMul", "Cast"]]
+
+
+def test_pooling_takes_nothing_along_but_conversions() -> None:
+    text = """g (float[1,8,6,6] x) => (float[1,8,3,3] y) {
+        p = MaxPool<kernel_shape = [2, 2], strides = [2, 2]>(x)
+        y = Relu(p)
+    }"""
+    assert any("cannot follow MaxPool" in reason for reason in left_alone(text))
+
+
+def test_conversions_do_not_count_as_operators_of_a_group() -> None:
+    assert len(grouped(NARROW, max_nodes=3)) == 2
+
+
 def test_an_anchor_whose_result_leaves_the_model() -> None:
     text = """g (float[3,4] x, float[4,4] w) => (float[3,4] m, float[3,4] y) {
         m = MatMul(x, w)

@@ -7,6 +7,12 @@ target maps the function to one kernel. Groups grow in topological order. An *an
 takes the elementwise operators that only its result needs; a *row* operator (softmax, normalization) takes elementwise
 operators before and after it; elementwise operators alone form an *island*. A group never computes anything twice. It
 takes the place of its last node, so no node that stands before may need what the group makes: this rules out cycles.
+
+Narrow values stay narrow between kernels: a cast from bfloat16 or float16 and a DequantizeLinear go where they are read
+(into several groups, when several read them; this costs an instruction), the cast or QuantizeLinear behind a result
+goes with what makes it.
+
+    d = DequantizeLinear(q, s); c = Conv(d, w); y = QuantizeLinear(c, t)    →    y = mmopt.fused.…(q, s, w, t)
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import onnx_ir as ir
 
 from mmopt.ir.module import FUSED_DOMAIN, Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
+from mmopt.transforms.canonicalize.editing import Names
 
 ARITHMETIC = frozenset(
     {
@@ -67,6 +74,7 @@ ACTIVATIONS = frozenset(
 CHOICES = frozenset(
     {
         "Cast",
+        "QuantizeLinear",
         "Where",
         "Equal",
         "Greater",
@@ -83,6 +91,9 @@ CHOICES = frozenset(
 )
 ELEMENTWISE = ARITHMETIC | ACTIVATIONS | CHOICES
 ANCHORS = frozenset({"MatMul", "Gemm", "Conv"})
+READERS = frozenset({"ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "LSTM", "GRU", "RNN"})
+"""Operators that only take along what widens their operands and narrows their result."""
+NARROW = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
 ROWS = frozenset({"Softmax", "LogSoftmax", "LayerNormalization", "RMSNormalization"})
 
 
@@ -109,14 +120,17 @@ class FuseGroups(Pass):
     def run(self, module: Module, context: PassContext) -> bool:
         """Outline every group of at least two operators, in the main graph and in the bodies of its nodes."""
         outliner = _Outliner(module)
-        changed = [self._fuse(graph, outliner, context) for graph in list(module.model.graphs())]
+        names = Names(module.model)
+        changed = [self._fuse(graph, outliner, names, context) for graph in list(module.model.graphs())]
         return any(changed)
 
-    def _fuse(self, graph: ir.Graph, outliner: _Outliner, context: PassContext) -> bool:
+    def _fuse(self, graph: ir.Graph, outliner: _Outliner, names: Names, context: PassContext) -> bool:
         """Group the nodes of one graph. What one round makes may allow more in the next."""
         missed: dict[tuple[str, str], None] = {}
         changed = False
         while True:
+            split = _share_out(graph, names)
+            changed = changed or split
             grouping = _Grouping(graph, self.max_nodes)
             groups = [g for g in grouping.groups() if len(g.nodes) > 1]
             missed |= dict.fromkeys((str(node.name), reason) for node, reason in grouping.missed)
@@ -143,11 +157,14 @@ class _Grouping:
     def groups(self) -> list[Group]:
         for node in self.graph:
             kind = _kind(node)
-            if kind is None:
+            if kind is None or is_widening(node):
                 continue
-            group = self._join(node, kind) if kind != "anchor" else None
+            group = self._join(node, kind) if kind in ("row", "elementwise") else None
             if group is None:
                 group = Group([], kind)
+            for source in _widened(node):
+                group.nodes.append(source)
+                self.group_of[source] = group
             group.nodes.append(node)
             if kind == "row":
                 group.kind = "row"
@@ -167,15 +184,18 @@ class _Grouping:
 
     def _refusal(self, group: Group, node: ir.Node, kind: str) -> str | None:
         """Why ``node`` cannot enter ``group``."""
-        if len(group.nodes) >= self.max_nodes:
+        if sum(not is_widening(member) for member in group.nodes) >= self.max_nodes:
             return f"the group of {group.nodes[0].name} is full"
         if kind == "row" and group.kind != "elementwise":
             return f"{node.op_type} cannot follow {group.kind} operators in one kernel"
+        if group.kind == "reader" and not is_narrowing(node):
+            return f"{node.op_type} cannot follow {group.nodes[-1].op_type} in one kernel"
         wanted = node.outputs[0].shape
         last = group.nodes[-1].outputs[0]
         if not _same_extents(wanted, last.shape) and not (_is_unary(node) and node.inputs[0] is last):
             return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
-        if group.kind == "anchor" and not all(_sole_use(v, node) for v in _made(group, node)):
+        fixed = group.kind in ("anchor", "reader") and not is_narrowing(node)
+        if fixed and not all(_sole_use(v, node) for v in _made(group, node)):
             return f"the result of {group.nodes[-1].name} is needed elsewhere too"
         before = self._needed_before(group, node)
         return None if before is None else f"{before.name}, which stands before it, needs a result of the group"
@@ -199,9 +219,62 @@ def _inside(node: ir.Node) -> Iterator[ir.Node]:
             yield from (inner for graph in attribute.as_graphs() for inner in graph.all_nodes())
 
 
+def is_widening(node: ir.Node) -> bool:
+    """Whether a node makes ordinary floats of narrow ones or of quantized integers, element by element."""
+    if node.domain not in ("", "ai.onnx") or not node.inputs or node.inputs[0] is None:
+        return False
+    if node.op_type == "DequantizeLinear":
+        return True
+    wide = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+    return node.op_type == "Cast" and node.inputs[0].dtype in NARROW and node.outputs[0].dtype in wide
+
+
+def is_narrowing(node: ir.Node) -> bool:
+    """Whether a node makes narrow floats or quantized integers of ordinary floats."""
+    if node.domain not in ("", "ai.onnx"):
+        return False
+    return node.op_type == "QuantizeLinear" or (node.op_type == "Cast" and node.outputs[0].dtype in NARROW)
+
+
+def _widened(node: ir.Node) -> list[ir.Node]:
+    """Widening nodes that only ``node`` needs."""
+    sources = (value.producer() for value in node.inputs if value is not None and _sole_use(value, node))
+    return list(dict.fromkeys(p for p in sources if p is not None and p.graph is node.graph and is_widening(p)))
+
+
+def _share_out(graph: ir.Graph, names: Names) -> bool:
+    """Give every reader that forms groups a widening node of its own; returns whether any was shared before."""
+    shared = [node for node in graph if is_widening(node) and not node.outputs[0].is_graph_output()]
+    changed = False
+    for node in shared:
+        users = list(dict.fromkeys(user for user, _ in node.outputs[0].uses()))
+        takers = [user for user in users if user.graph is graph and not is_widening(user) and _kind(user) is not None]
+        for user in takers[1:] if len(takers) == len(users) else takers:
+            _read_copy(user, node, names)
+            changed = True
+    return changed
+
+
+def _read_copy(user: ir.Node, node: ir.Node, names: Names) -> None:
+    """Have ``user`` read the result of a copy of ``node``."""
+    old = node.outputs[0]
+    made = ir.Value(name=names.fresh(str(old.name)), type=old.type, shape=old.shape)
+    inputs, attributes = list(node.inputs), list(node.attributes.values())
+    name = names.fresh(node.name or node.op_type)
+    copy = ir.Node(node.domain, node.op_type, inputs, attributes, outputs=[made], name=name)
+    copy.metadata_props.update(node.metadata_props)
+    assert node.graph is not None
+    node.graph.insert_after(node, copy)
+    for position, operand in enumerate(user.inputs):
+        if operand is old:
+            user.replace_input_with(position, made)
+
+
 def _kind(node: ir.Node) -> str | None:
     if node.domain not in ("", "ai.onnx") or not node.outputs:
         return None
+    if node.op_type in READERS:
+        return "reader"
     if any(o.uses() or o.is_graph_output() for o in node.outputs[1:]):
         return None
     shape = node.outputs[0].shape
@@ -284,7 +357,8 @@ class _Outliner:
         return self._call(graph, self.known[key], nodes, inputs, outputs)
 
     def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
-        name = _free("_".join(n.op_type for n in nodes[:6]), self.names)
+        named = [n.op_type for n in nodes if not is_widening(n)] or [n.op_type for n in nodes]
+        name = _free("_".join(named[:6]), self.names)
         mapping: dict[ir.Value, ir.Value] = {v: ir.Value(name=f"in{n}") for n, v in enumerate(inputs)}
         copies: list[ir.Node] = []
         for number, node in enumerate(nodes):
