@@ -10,7 +10,9 @@ import pytest
 import scipy.special
 from onnx import helper
 
-from tests.kernels import PROFILES
+from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload
+from mmopt.backends.cpu.kernels.recurrent import candidates
+from tests.kernels import PROFILES, WIDEST, profiles
 from tests.programs import Example, assert_close, check, model_of
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
@@ -276,7 +278,28 @@ def symbolic() -> list[Example]:
     return made
 
 
-FAMILIES: list[Callable[[], list[Example]]] = [sizes, directions, variants, computed_weights, symbolic]
+def threads() -> list[Example]:
+    """Enough work for threads: they share directions, blocks of the batch (equal or not), or the panels of a step."""
+    both = {"direction": "bidirectional"}
+    made = [
+        example(Layer("LSTM", steps=8, hidden=130, batch=1)),
+        example(Layer("LSTM", steps=6, hidden=70, batch=5, direction="reverse", lengths=(6, 1, 3, 6, 2))),
+        example(Layer("GRU", steps=9, hidden=100, batch=3, initial=True)),
+        example(Layer("GRU", steps=40, hidden=20, batch=9)),
+        example(Layer("RNN", steps=5, hidden=60, batch=16, initial=True)),
+        example(Layer("LSTM", steps=3, hidden=24, batch=67)),
+        example(Layer("LSTM", steps=9, hidden=65, batch=17, **both)),
+        example(Layer("GRU", steps=9, hidden=64, batch=4, lengths=(9, 2, 5, 1), **both)),
+    ]
+    for op in GATES:
+        for batch in (1, 5, 32, 33):
+            layer = Layer(op, steps=4, hidden=140, batch=batch, initial=True)
+            made.append(example(layer, symbolic=["t", "n", 6]))
+    made.append(example(Layer("LSTM", steps=5, hidden=70, batch=41, **both), symbolic=["t", "n", 6]))
+    return made
+
+
+FAMILIES: list[Callable[[], list[Example]]] = [sizes, directions, variants, computed_weights, symbolic, threads]
 
 
 def test_the_reference_agrees_with_onnxruntime() -> None:
@@ -285,6 +308,33 @@ def test_the_reference_agrees_with_onnxruntime() -> None:
         if "float64" not in one.name and "layout" not in one.name:
             for got, want in zip(one.want or (), Example(one.name, one.model, one.feeds).expected(), strict=True):
                 assert_close(want, got)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_candidates_fit_the_registers_and_the_best_has_the_fewest_cycles(profile: str) -> None:
+    given = profiles()[profile]
+    for gates, batch in [(4, 16), (4, 1), (3, 7), (2, "?"), (1, 100)]:
+        offered = candidates(given, "float32", gates, 64, batch)
+        for one in offered:
+            rows, vectors = one.number("rows"), one.number("vectors")
+            assert gates % vectors == 0
+            assert rows * vectors + vectors < given.registers
+            assert one.cycles >= 64 * 64 // 16 * gates / 2
+    taller, wider = (min(candidates(given, "float32", 4, 64, n), key=lambda c: c.cycles) for n in (16, 1))
+    assert taller.number("rows") > wider.number("rows")
+
+
+@pytest.mark.parametrize("vectors", [1, 2, 4])
+def test_every_candidate_gives_the_same_answer(vectors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def choose(self: Chooser, workload: Workload, offered: Sequence[Candidate]) -> Candidate:
+        if workload.template != "recurrence":
+            return usual(self, workload, offered)
+        return next(c for c in offered if c.number("vectors") == vectors)
+
+    usual = Chooser.choose
+    monkeypatch.setattr(Chooser, "choose", choose)
+    layers = [Layer("LSTM", hidden=20, batch=batch, steps=3) for batch in (1, 7, 16)]
+    check([example(layer) for layer in layers], WIDEST)
 
 
 @pytest.mark.parametrize("profile", PROFILES)

@@ -55,6 +55,23 @@ def loop(extent: int | Expr, body: Callable[[Expr], Stmt], kind: str = "serial",
     return seq(*(tirx.AllocBuffer(b) for b in inside.buffers), statement)
 
 
+def team(body: Stmt) -> Stmt:
+    """``body`` once on every thread of the pool, all at the same time: one fork for many parallel loops inside.
+
+    Only the iterations of :func:`shared` loops are divided among the threads; everything else runs on each of them.
+    """
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_parallel_launch_point", tirx.const(1, "int32"), body)
+
+
+def shared(extent: int | Expr, body: Callable[[Expr], Stmt], name: str = "i") -> Stmt:
+    """A loop inside a :func:`team`: each thread takes its share, then waits for the others."""
+    count = i64(extent) if isinstance(extent, int) else extent
+    var = tirx.Var(name, "int64")
+    divided = tirx.For(var, i64(0), count, ForKind.PARALLEL, body(var))
+    one = tirx.const(1, "int32")
+    return tirx.AttrStmt(tirx.const(0, "int32"), "pragma_parallel_barrier_when_finish", one, divided)
+
+
 def keep(value: Expr, name: str) -> tuple[Stmt, Expr]:
     """Compute ``value`` once: the statement that does, and the expression to use in its place.
 

@@ -10,7 +10,8 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Map, Tensor, index
-from mmopt.backends.cpu.kernels.recurrent import Cell, Point, Recurrence
+from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
+from mmopt.backends.cpu.kernels.recurrent import BLOCK, Cell, Point, Recurrence, candidates
 from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.cpu.loops import i64, keep, seq, static
 from mmopt.lowering.ops.matmul import product_of
@@ -172,45 +173,62 @@ class _Layer:
         padded[:, :, : self.hidden] = split
         return padded.reshape(self.directions, len(gates), self.panels, self.lanes, depth).transpose(0, 2, 1, 3, 4)
 
-    def recurrent(self, gates: Sequence[int]) -> Tensor:
-        """R for the chosen gates as ``[D, panels, H, gates·lanes]`` in memory."""
+    def recurrent(self, gates: Sequence[int], vectors: int) -> Tensor:
+        """R for the chosen gates, in groups of ``vectors``, as ``[D, panels, groups, H, vectors·lanes]`` in memory."""
         context = self.node.context
+        groups, width = len(gates) // vectors, vectors * self.lanes
         if self.r.constant is not None:
 
             def pack(weight: np.ndarray) -> np.ndarray:
-                data = np.moveaxis(self.arrange(weight, gates), -1, 2)
-                return data.reshape(self.directions, self.panels, self.hidden, len(gates) * self.lanes)
+                data = self.arrange(weight, gates)
+                split = data.reshape(self.directions, self.panels, groups, width, self.hidden)
+                return np.moveaxis(split, -1, -2)
 
-            return context.program.packed(self.r, ("recurrent", tuple(gates), self.lanes), pack)
+            return context.program.packed(self.r, ("recurrent", tuple(gates), self.lanes, vectors), pack)
         r = context.tensor(self.r)
         first = gates[0]
 
-        def body(d: Expr, panel: Expr, k: Expr, column: Expr) -> Expr:
-            gate = tirx.floordiv(column, i64(self.lanes)) + first
+        def body(d: Expr, panel: Expr, group: Expr, k: Expr, column: Expr) -> Expr:
+            gate = group * vectors + tirx.floordiv(column, i64(self.lanes)) + first
             unit = panel * self.lanes + tirx.floormod(column, i64(self.lanes))
             row = gate * self.hidden + tirx.min(unit, i64(self.hidden - 1))
             return tirx.Select(unit < self.hidden, r[(d, row, k)], tirx.const(0, self.r.dtype))
 
-        shape = (index(self.directions), index(self.panels), index(self.hidden), index(len(gates) * self.lanes))
+        shape = [index(n) for n in (self.directions, self.panels, groups, self.hidden, width)]
         return context.dense(Value(Map(shape, self.r.dtype, body, "arrange")))
 
-    def run(
-        self, cell: Cell, x: Tensor, r: Tensor, late_r: Tensor | None, c0: Tensor | None, extra: Sequence[Tensor]
-    ) -> list[Value]:
+    def _choose(self, cell: Cell) -> tuple[Workload, Candidate]:
+        """The register tile of a step's product."""
+        steps, batch = dim(self.x.shape[0]), dim(self.x.shape[1])
+        gates = cell.gates + cell.late
+        dims = (("steps", steps), ("batch", batch), ("directions", self.directions), ("hidden", self.hidden))
+        adds = typical(steps) * typical(batch, BLOCK) * self.directions * gates * self.hidden**2
+        workload = Workload("recurrence", (*dims, ("gates", gates), ("late", cell.late)), (self.x.dtype,), 2.0 * adds)
+        program = self.node.context.program
+        offered = candidates(program.profile, self.x.dtype, cell.gates, self.hidden, batch)
+        steps_each = typical(steps) * self.directions * -(-typical(batch, BLOCK) // BLOCK)
+        whole = [Candidate(c.parameters, c.cycles * steps_each) for c in offered]
+        return workload, program.chooser.choose(workload, whole)
+
+    def run(self, cell: Cell, x: Tensor, c0: Tensor | None, extra: Sequence[Tensor]) -> list[Value]:
         """Emit the recurrence and give Y, Y_h and, for LSTM, Y_c."""
         lengths = None if self.lengths is None else self.node.context.dense(self.lengths)
+        workload, best = self._choose(cell)
+        late = list(range(cell.gates, cell.gates + cell.late))
         nest = Recurrence(
             x,
-            r,
-            late_r,
+            self.recurrent(range(cell.gates), best.number("vectors")),
+            self.recurrent(late, 1) if late else None,
             h0=self.state(5),
             c0=c0,
             lengths=lengths,
             cell=cell,
             hidden=self.hidden,
             backward=self.backward,
+            rows=best.number("rows"),
             extra=extra,
         )
+        nest.workload = workload
         values = [Value(result, name=self.node.name) for result in nest.results]
         self.node.context.realize(values, self.node.op_type)
         if not self.batch_first:
@@ -274,7 +292,7 @@ def lstm(node: OpNode) -> list[Value]:
     cell = Cell(gates=4, late=0, cell_state=True, update=update)
     x = layer.projected([(g, g) for g in range(4)] + [(g, 4 + g) for g in range(4)])
     extra = () if peepholes is None else (peepholes,)
-    return layer.run(cell, x, layer.recurrent(range(4)), None, layer.state(6), extra)
+    return layer.run(cell, x, layer.state(6), extra)
 
 
 @lowers("GRU")
@@ -314,9 +332,9 @@ def gru(node: OpNode) -> list[Value]:
     x = layer.projected([(g, g) for g in range(3)] + recurrent_biases)
     if after:
         cell = Cell(gates=3, late=0, cell_state=False, update=together)
-        return layer.run(cell, x, layer.recurrent(range(3)), None, None, () if bias is None else (bias,))
+        return layer.run(cell, x, None, () if bias is None else (bias,))
     cell = Cell(gates=2, late=1, cell_state=False, update=second, before_late=first)
-    return layer.run(cell, x, layer.recurrent([0, 1]), layer.recurrent([2]), None, ())
+    return layer.run(cell, x, None, ())
 
 
 @lowers("RNN")
@@ -328,4 +346,4 @@ def rnn(node: OpNode) -> list[Value]:
         return point.set_h(layer.act(0, point.direction, point.x(0) + products[0]))
 
     cell = Cell(gates=1, late=0, cell_state=False, update=update)
-    return layer.run(cell, layer.projected([(0, 0), (0, 1)]), layer.recurrent([0]), None, None, ())
+    return layer.run(cell, layer.projected([(0, 0), (0, 1)]), None, ())

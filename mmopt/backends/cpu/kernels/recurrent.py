@@ -1,13 +1,14 @@
-"""The recurrent step of LSTM, GRU and RNN: all gates of a vector of hidden units in one register tile.
+"""The recurrent step of LSTM, GRU and RNN: a register-tile product, then all gates of a vector of hidden units at once.
 
 The products of the inputs with W for all steps come in as one matrix, computed beforehand. What is left for a step is
-h·R, and the cell's update while the gates are still in registers. R is stored as ``[directions, panels, H, gates, B]``
-with B the lanes of a vector, so that a panel yields every gate of B hidden units.
+h·R and the cell's update. R is stored as ``[directions, panels, groups, H, gates·B]`` with B the lanes of a vector: a
+panel yields every gate of B hidden units, and a group of gates is one contiguous stream, read once for all rows of the
+batch while it is in the first-level cache.
 
     LSTM  c' = f∘c + i∘g,  h' = o∘tanh(c')          GRU  h' = (1 − z)∘n + z∘h          RNN  h' = f(x + h·R)
 
-Directions and tiles of the batch are independent and run in parallel; when there is only one of them, the panels of
-each step do.
+Directions and blocks of the batch are independent: each thread takes some through all steps. When there are fewer of
+them than cores, the threads share the panels of every step and meet at its end; that is one fork for the sequence.
 """
 
 from __future__ import annotations
@@ -20,13 +21,27 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.compute import LoopNest, Sink, Tensor, index
+from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor, index
+from mmopt.backends.cpu.choosing import Candidate, typical
 from mmopt.backends.cpu.kernels.tile import RegisterTile
-from mmopt.backends.cpu.loops import i64, keep, loop, loops, product, seq, static, when
-from mmopt.backends.expressions import simplify
+from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, shared, static, team, when
+from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.profile import Profile
 
-PARALLEL_UNITS = 128
-"""Hidden units from which forking threads at every step pays."""
+FORK_WORK = 1 << 18
+"""Multiply-adds of the whole sequence below which one thread is quicker than a fork."""
+
+MEET_WORK = 1 << 16
+"""Multiply-adds of a step below which one thread is quicker than meeting at the end of every step."""
+
+BLOCK = 32
+"""Most rows of the batch that go through all steps together; their states stay in the caches."""
+
+LEAST_ROWS = 4
+"""Rows of the batch worth a thread of their own."""
+
+STREAM = 32.0
+"""Bytes a cycle from the second-level cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +90,47 @@ class Point:
     set_first: Callable[[Expr, Expr], Stmt]
 
 
+def candidates(profile: Profile, dtype: str, gates: int, hidden: int, batch: int | str) -> list[Candidate]:
+    """Register tiles for the product of a step: ``rows`` of the batch by ``vectors`` of gates, a divisor of ``gates``.
+
+    Args:
+        profile: Vector width, registers and caches.
+        dtype: Element type.
+        gates: Gates of the first product.
+        hidden: Hidden units.
+        batch: Rows, when known.
+    """
+    known = typical(batch, BLOCK)
+    lanes = profile.vector_bytes // itemsize(dtype)
+    made = []
+    for vectors in sorted((v for v in range(1, gates + 1) if gates % v == 0), key=lambda v: abs(v - 2)):
+        most = min((profile.registers - vectors - 1) // vectors, 16)
+        if most < 1:
+            continue
+        rows = most if isinstance(batch, str) else -(-known // -(-known // most))
+        cycles = _cycles(profile, rows, vectors, hidden, min(known, BLOCK)) * (gates // vectors) * -(-hidden // lanes)
+        made.append(Candidate({"rows": rows, "vectors": vectors}, cycles))
+    return made
+
+
+def _cycles(profile: Profile, rows: int, vectors: int, hidden: int, batch: int) -> float:
+    """Cycles of one group of gates of one panel: two multiply-adds or loads a cycle, one stream of R from L2.
+
+    Later tiles of rows find the group in L1 when it fits there.
+    """
+    stream = vectors * profile.vector_bytes / STREAM
+    again = 0.0 if hidden * vectors * profile.vector_bytes < profile.l1_bytes else stream
+    heights = [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
+    each = [max(h * vectors / 2, (h + vectors) / 2, again if n else stream) for n, h in enumerate(heights)]
+    return hidden * sum(each)
+
+
 class Recurrence(LoopNest):
     """All steps of all directions.
 
     Args:
         x: ``[steps, batch, directions, panels, gates, B]``, biases added.
-        r: ``[directions, panels, H, gates·B]`` for the first product.
+        r: ``[directions, panels, groups, H, gates of a group · B]`` for the first product.
         late_r: The same for the second product, or None.
         h0: Initial hidden state ``[directions, batch, H]``, or None for zeros.
         c0: Initial cell state, or None.
@@ -88,6 +138,7 @@ class Recurrence(LoopNest):
         cell: The operator.
         hidden: H.
         backward: For each direction, whether it runs from the end.
+        rows: Most rows of a register tile.
         extra: Further tensors the update reads (peepholes, biases of the recurrent product).
     """
 
@@ -105,90 +156,143 @@ class Recurrence(LoopNest):
         cell: Cell,
         hidden: int,
         backward: Sequence[bool],
+        rows: int,
         extra: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         given = (x, r, late_r, h0, c0, lengths, *extra)
         self.inputs = tuple(dict.fromkeys(t for t in given if t is not None))
         self.x, self.r, self.late_r, self.h0, self.c0, self.lengths = x, r, late_r, h0, c0, lengths
-        self.cell, self.hidden, self.backward = cell, hidden, tuple(backward)
+        self.cell, self.hidden, self.backward, self.rows = cell, hidden, tuple(backward), rows
         self.steps, self.batch = x.shape[0], x.shape[1]
         self.lanes = static(x.shape[-1]) or 1
         self.panels = static(x.shape[3]) or 1
         directions = len(self.backward)
         self.y = self.result((self.steps, directions, self.batch, index(hidden)), x.dtype, "Y")
         self.last_h = self.result((directions, self.batch, index(hidden)), x.dtype, "Y_h")
-        self.last_c = self.result((directions, self.batch, index(hidden)), x.dtype, "Y_c") if cell.cell_state else None
+        self.last_c: LoopResult | None = None
+        if cell.cell_state:
+            self.last_c = self.result((directions, self.batch, index(hidden)), x.dtype, "Y_c")
 
     def parameters(self) -> dict[str, object]:
         """Template parameters, for reports."""
-        return {"lanes": self.lanes, "panels": self.panels, "gates": self.cell.gates + self.cell.late}
+        gates = self.cell.gates + self.cell.late
+        return {"rows": self.rows, "lanes": self.lanes, "panels": self.panels, "gates": gates}
 
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
-        """Parallel over directions and tiles of the batch, or over the panels of every step."""
-        rows = self._rows()
-        tiles = simplify(tirx.floordiv(self.batch + (rows - 1), i64(rows)))
-        pieces = static(simplify(tiles * len(self.backward)))
-        by_panel = pieces is not None and pieces < 2 and self.hidden >= PARALLEL_UNITS
-        kind = "serial" if by_panel else "parallel"
+        """Parallel over directions and blocks of the batch, or over the panels of every step."""
+        cores, directions = kernel.profile.cores, len(self.backward)
+        each = (self.cell.gates + self.cell.late) * self.hidden * self.hidden
+        total = static(simplify(self.steps * self.batch * (directions * each)))
+        if total is not None and total < FORK_WORK:
+            return self._by_piece(sinks, 1, "serial")
+        batch = static(self.batch)
+        if directions >= cores or each * (batch or 1) < MEET_WORK or (batch or 0) > BLOCK:
+            return self._by_piece(sinks, cores, "parallel")
+        if batch is not None:
+            return self._by_panel(sinks)
+        return when(self.batch <= BLOCK, self._by_panel(sinks), self._by_piece(sinks, cores, "parallel"))
+
+    def _by_piece(self, sinks: Sequence[Sink], cores: int, kind: str) -> Stmt:
+        """Every piece, a direction and a block of the batch, goes through all steps on one thread."""
+        directions = len(self.backward)
+        wanted = -(-cores // directions)
+        least = simplify(tirx.floordiv(self.batch + (BLOCK - 1), i64(BLOCK)))
+        spread = simplify(tirx.min(tirx.floordiv(self.batch + (LEAST_ROWS - 1), i64(LEAST_ROWS)), i64(wanted)))
+        blocks = simplify(tirx.max(least, spread)) if wanted > 1 else least
+        size = simplify(tirx.floordiv(self.batch + (tirx.max(blocks, i64(1)) - 1), tirx.max(blocks, i64(1))))
+        even = static(simplify(tirx.floormod(self.batch, tirx.max(size, i64(1))))) == 0
+        room = static(size) or BLOCK
 
         def piece(flat: Expr) -> Stmt:
-            tile = tirx.floormod(flat, tiles)
-            direction = tirx.floordiv(flat, tiles)
-            runs = [_Run(self, sinks, d, tile * rows, rows, by_panel).emit() for d in range(len(self.backward))]
-            return runs[0] if len(runs) == 1 else when(direction.equal(i64(0)), runs[0], runs[1])
+            first = simplify(tirx.floormod(flat, blocks) * size)
+            count = size if even else tirx.min(size, self.batch - first)
+            runs = [_Run(self, sinks, d, first, count, room) for d in range(directions)]
+            made = [run.whole() for run in runs]
+            return made[0] if len(made) == 1 else when(tirx.floordiv(flat, blocks).equal(i64(0)), made[0], made[1])
 
-        return loop(simplify(product([tiles, i64(len(self.backward))])), piece, kind, "piece")
+        return loop(simplify(blocks * directions), piece, kind, "piece")
 
-    def _rows(self) -> int:
-        most = max(1, 28 // max(self.cell.gates, self.cell.late, 1))
-        count = static(self.batch)
-        return -(-count // -(-count // min(most, 8))) if count else min(most, 4)
+    def _by_panel(self, sinks: Sequence[Sink]) -> Stmt:
+        """All threads go through the steps together, each with its share of the panels."""
+        room = static(self.batch) or BLOCK
+        runs = [_Run(self, sinks, d, i64(0), self.batch, room) for d in range(len(self.backward))]
+
+        def divided(product: Callable[[_Run, Expr], Stmt]) -> Stmt:
+            def share(flat: Expr) -> Stmt:
+                made = [product(run, tirx.floormod(flat, i64(self.panels))) for run in runs]
+                return made[0] if len(made) == 1 else when(flat < self.panels, made[0], made[1])
+
+            return shared(self.panels * len(runs), share, "panel")
+
+        def step(t: Expr) -> Stmt:
+            first = divided(lambda run, panel: run.first_product(t, panel))
+            return seq(first, divided(lambda run, panel: run.late_product(t, panel)) if self.cell.late else None)
+
+        before = [part for run in runs for part in (*run.allocations(), run.start())]
+        return seq(*before, team(loop(self.steps, step, name="t")), *(run.end() for run in runs))
 
 
 class _Run:
-    """Every step of one direction for one tile of the batch."""
+    """One direction for one block of the batch.
+
+    Args:
+        nest: What it is part of.
+        sinks: Take the results.
+        direction: The direction.
+        first: First row of the batch.
+        count: Number of rows.
+        room: Rows there is memory for.
+    """
 
     def __init__(
-        self, nest: Recurrence, sinks: Sequence[Sink], direction: int, first: Expr, rows: int, by_panel: bool
+        self, nest: Recurrence, sinks: Sequence[Sink], direction: int, first: Expr, count: Expr, room: int
     ) -> None:
         self.nest, self.sinks, self.direction = nest, sinks, direction
-        self.first, self.rows, self.by_panel = first, rows, by_panel
-        whole = static(nest.batch)
-        self.limit = None if whole is not None and whole % rows == 0 else nest.batch - first
+        self.first, self.count, self.room = first, count, room
         width = nest.panels * nest.lanes
         dtype = nest.y.dtype
-        self.h = tirx.decl_buffer((i64(2), i64(rows), i64(width)), dtype, "h")
-        self.c = tirx.decl_buffer((i64(rows), i64(width)), dtype, "c") if nest.cell.cell_state else None
-        self.z = tirx.decl_buffer((i64(rows), i64(width)), dtype, "z") if nest.cell.late else None
-        self.rh = tirx.decl_buffer((i64(rows), i64(width)), dtype, "rh") if nest.cell.late else None
+        self.h = tirx.decl_buffer((i64(2), i64(room), i64(width)), dtype, "h")
+        self.c = tirx.decl_buffer((i64(room), i64(width)), dtype, "c") if nest.cell.cell_state else None
+        self.z = tirx.decl_buffer((i64(room), i64(width)), dtype, "z") if nest.cell.late else None
+        self.rh = tirx.decl_buffer((i64(room), i64(width)), dtype, "rh") if nest.cell.late else None
 
-    def emit(self) -> Stmt:
-        buffers = [b for b in (self.h, self.c, self.z, self.rh) if b is not None]
-        steps = loop(self.nest.steps, self._step, name="t")
-        return seq(*(tirx.AllocBuffer(b) for b in buffers), self._start(), steps, self._end())
+    def allocations(self) -> list[Stmt]:
+        """Memory for the states."""
+        return [tirx.AllocBuffer(b) for b in (self.h, self.c, self.z, self.rh) if b is not None]
 
-    def _row(self, i: Expr) -> Expr:
-        """Position in the batch of row ``i``; a legal one for rows beyond the batch."""
-        return self.first + i if self.limit is None else tirx.min(self.first + i, self.nest.batch - 1)
+    def whole(self) -> Stmt:
+        """All steps, by one thread."""
+        panels = i64(self.nest.panels)
 
-    def _start(self) -> Stmt:
+        def step(t: Expr) -> Stmt:
+            first = loop(panels, lambda p: self.first_product(t, p), name="panel")
+            late = loop(panels, lambda p: self.late_product(t, p), name="panel") if self.nest.cell.late else None
+            return seq(first, late)
+
+        return seq(*self.allocations(), self.start(), loop(self.nest.steps, step, name="t"), self.end())
+
+    def start(self) -> Stmt:
+        """The states before the first step."""
         nest = self.nest
 
         def initial(source: Tensor | None, i: Expr, u: Expr) -> Expr:
             zero = tirx.const(0, nest.y.dtype)
             if source is None:
                 return zero
-            value = source[(i64(self.direction), self._row(i), tirx.min(u, i64(nest.hidden - 1)))]
+            value = source[(i64(self.direction), self.first + i, tirx.min(u, i64(nest.hidden - 1)))]
             return tirx.Select(u < nest.hidden, value, zero)
 
         def unit(i: Expr, u: Expr) -> Stmt:
             hidden = tirx.BufferStore(self.h, initial(nest.h0, i, u), [i64(0), i, u])
             return seq(hidden, None if self.c is None else tirx.BufferStore(self.c, initial(nest.c0, i, u), [i, u]))
 
-        return loops([i64(self.rows), i64(nest.panels * nest.lanes)], unit, "s")
+        def panel(i: Expr, p: Expr) -> Stmt:
+            return loop(nest.lanes, lambda v: unit(i, p * nest.lanes + v), "vectorized", "v")
 
-    def _end(self) -> Stmt:
+        return loops([self.count, i64(nest.panels)], panel, "s")
+
+    def end(self) -> Stmt:
         """Last states; zeros for a sequence without steps, as onnxruntime has it (the standard leaves it open)."""
         nest = self.nest
         parity = tirx.floormod(nest.steps, i64(2))
@@ -204,64 +308,91 @@ class _Run:
             done = self.sinks[1](at, given(i, self.h[parity, i, u]))
             return seq(done, None if self.c is None else self.sinks[2](at, given(i, self.c[i, u])))
 
-        count = i64(self.rows) if self.limit is None else tirx.min(i64(self.rows), self.limit)
-        return loops([count, i64(nest.hidden)], unit, "e")
+        return loops([self.count], lambda i: self._lanes(lambda u: unit(i, u)), "e")
 
-    def _step(self, t: Expr) -> Stmt:
-        nest = self.nest
-        kind = "parallel" if self.by_panel else "serial"
-        old = tirx.floormod(t, i64(2))
-        cell = nest.cell
-        first = cell.before_late if cell.late else cell.update
-        assert first is not None
-        gates = loop(
-            i64(nest.panels),
-            lambda p: self._panel(t, old, p, nest.r, cell.gates, lambda i, k: self.h[old, i, k], first),
-            kind,
-            "panel",
-        )
-        if not cell.late:
-            return gates
-        late_r, rh = nest.late_r, self.rh
+    def _lanes(self, body: Callable[[Expr], Stmt]) -> Stmt:
+        """``body`` for every hidden unit, in vectors."""
+        lanes = self.nest.lanes
+        full, rest = divmod(self.nest.hidden, lanes)
+        main = loop(full, lambda p: loop(lanes, lambda v: body(p * lanes + v), "vectorized", "v"), name="p")
+        return seq(main, loop(rest, lambda v: body(full * lanes + v), "vectorized", "v") if rest else None)
+
+    def first_product(self, t: Expr, panel: Expr) -> Stmt:
+        """All of a step for one panel, or what comes before the second product."""
+        cell, old = self.nest.cell, tirx.floormod(t, i64(2))
+        update = cell.before_late if cell.late else cell.update
+        assert update is not None
+        return self._panel(t, panel, self.nest.r, cell.gates, lambda i, k: self.h[old, i, k], update)
+
+    def late_product(self, t: Expr, panel: Expr) -> Stmt:
+        """The second product of a step for one panel."""
+        late_r, rh = self.nest.late_r, self.rh
         assert late_r is not None
         assert rh is not None
-
-        def late(panel: Expr) -> Stmt:
-            return self._panel(t, old, panel, late_r, cell.late, lambda i, k: rh[i, k], cell.update)
-
-        return seq(gates, loop(i64(nest.panels), late, kind, "panel"))
+        return self._panel(t, panel, late_r, self.nest.cell.late, lambda i, k: rh[i, k], self.nest.cell.update)
 
     def _panel(
         self,
         t: Expr,
-        old: Expr,
         panel: Expr,
         weights: Tensor,
         gates: int,
         state: Callable[[Expr, Expr], Expr],
         update: Callable[[Point, Sequence[Expr]], Stmt],
     ) -> Stmt:
+        """The product for all rows, group of gates by group, and then the update of every row."""
         nest = self.nest
+        lanes = nest.lanes
+        vectors = (static(weights.shape[4]) or lanes) // lanes
+        products = tirx.decl_buffer((i64(self.room), i64(gates * lanes)), nest.y.dtype, "products")
 
-        def b(n: Expr, v: Expr, k: Expr) -> Expr:
-            return weights[(i64(self.direction), panel, k, n * nest.lanes + v)]
+        def group(number: Expr) -> Stmt:
+            def b(n: Expr, v: Expr, k: Expr) -> Expr:
+                return weights[(i64(self.direction), panel, number, k, n * lanes + v)]
 
-        def deliver(i: Expr, v: Expr, products: Sequence[Expr]) -> Stmt:
-            return self._unit(t, old, panel, i, v, products, update)
+            def tile(first: Expr, height: int) -> Stmt:
+                def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
+                    return tirx.BufferStore(products, value, [first + i, (number * vectors + n) * lanes + v])
 
-        def emit(used: int) -> Stmt:
-            tile = RegisterTile(nest.y.dtype, self.rows, [nest.lanes] * gates, nest.lanes, self.limit)
-            return tile.emit_rows([i64(nest.hidden)], state, b, deliver, used)
+                made = RegisterTile(nest.y.dtype, height, [lanes] * vectors, lanes)
+                return made.emit([i64(nest.hidden)], lambda i, k: state(first + i, k), b, deliver)
 
-        full, rest = divmod(nest.hidden, nest.lanes)
-        if not rest:
-            return emit(nest.lanes)
-        return when(panel < full, emit(nest.lanes), emit(rest)) if full else emit(rest)
+            return self._tiles(tile)
+
+        def finish(i: Expr, used: int) -> Stmt:
+            def lane(v: Expr) -> Stmt:
+                return self._unit(t, panel, i, v, [products[i, g * lanes + v] for g in range(gates)], update)
+
+            return loop(used, lane, "vectorized", "v")
+
+        full, rest = divmod(nest.hidden, lanes)
+        done = loop(self.count, lambda i: finish(i, lanes), name="i") if full else None
+        if rest:
+            last = loop(self.count, lambda i: finish(i, rest), name="i")
+            done = last if done is None else when(panel < full, done, last)
+        return seq(tirx.AllocBuffer(products), loop(gates // vectors, group, name="group"), done)
+
+    def _tiles(self, tile: Callable[[Expr, int], Stmt]) -> Stmt:
+        """``tile(first row, height)`` over the rows: balanced when their number is known, else by powers of two."""
+        count, most = static(self.count), self.nest.rows
+        if count is not None:
+            pieces = max(1, -(-count // most))
+            height, taller = divmod(count, pieces)
+            tall = loop(taller, lambda n: tile(n * (height + 1), height + 1), name="tile")
+            start = taller * (height + 1)
+            return seq(tall, loop(pieces - taller, lambda n: tile(start + n * height, height), name="tile"))
+        height = 1 << (most.bit_length() - 1)
+        full = loop(tirx.floordiv(self.count, i64(height)), lambda n, h=height: tile(n * h, h), name="tile")  # type: ignore[misc]
+        parts = [full]
+        while height > 1:
+            first = tirx.floordiv(self.count, i64(height)) * height
+            height //= 2
+            parts.append(when(tirx.floormod(self.count, i64(2 * height)) >= height, tile(first, height)))
+        return seq(*parts)
 
     def _unit(
         self,
         t: Expr,
-        old: Expr,
         panel: Expr,
         i: Expr,
         v: Expr,
@@ -270,9 +401,10 @@ class _Run:
     ) -> Stmt:
         """Finish one lane: read the inputs of its step, update, and keep the old state once the sequence has ended."""
         nest = self.nest
+        old = tirx.floormod(t, i64(2))
         unit = panel * nest.lanes + v
         backward = nest.backward[self.direction]
-        row = self._row(i)
+        row = self.first + i
         length = nest.steps if nest.lengths is None else nest.lengths[(row,)].astype("int64")
         live = None if nest.lengths is None else t < length
         where = (length - 1 - t) if backward else t
