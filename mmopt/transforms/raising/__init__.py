@@ -1,0 +1,1 @@
+"""Passes that lift what exporters spelled out into high-level standard operators."""
