@@ -3,10 +3,14 @@
     c = Conv(x, w); a = Add(c, r); y = Relu(a)    →    y = mmopt.fused.Conv_Add_Relu(x, w, r)
 
 The function's body is the subgraph it replaces, so the model stays standard ONNX and means the same in any runtime; a
-target maps the function to one kernel. Groups grow in topological order. An *anchor* (matrix product, convolution)
-takes the elementwise operators that only its result needs; a *row* operator (softmax, normalization) takes elementwise
-operators before and after it; elementwise operators alone form an *island*. A group never computes anything twice. It
-takes the place of its last node, so no node that stands before may need what the group makes: this rules out cycles.
+target maps the function to one kernel. Groups grow in topological order. An *anchor* (matrix product, convolution,
+attention) takes the elementwise operators that only its result needs; a *row* operator (softmax, normalization) takes
+elementwise operators before and after it; elementwise operators alone form an *island*. A group never computes anything
+twice. It takes the place of its last node, so no node that stands before may need what the group makes: this rules out
+cycles.
+
+Attention reads its operands through reshapes, transpositions and slices, and writes heads behind the sequence, so it
+takes such operators along when nothing else needs their results, and the transposition that puts its heads in place.
 
 Narrow values stay narrow between kernels: a cast from bfloat16 or float16 and a DequantizeLinear go where they are read
 (into several groups, when several read them; this costs an instruction), the cast or QuantizeLinear behind a result
@@ -18,7 +22,7 @@ goes with what makes it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 
 import onnx_ir as ir
 
@@ -90,7 +94,11 @@ CHOICES = frozenset(
     }
 )
 ELEMENTWISE = ARITHMETIC | ACTIVATIONS | CHOICES
-ANCHORS = frozenset({"MatMul", "Gemm", "Conv"})
+ANCHORS = frozenset({"MatMul", "Gemm", "Conv", "Attention"})
+VIEWS = frozenset({"Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators that only move elements; attention reads its operands through them."""
+HEADS_LAST = (0, 2, 1, 3)
+"""The transposition of attention's result that gives every step its heads."""
 READERS = frozenset({"ConvTranspose", "MaxPool", "AveragePool", "GlobalAveragePool", "LSTM", "GRU", "RNN"})
 """Operators that only take along what widens their operands and narrows their result."""
 NARROW = frozenset({ir.DataType.BFLOAT16, ir.DataType.FLOAT16})
@@ -159,10 +167,12 @@ class _Grouping:
             kind = _kind(node)
             if kind is None or is_widening(node):
                 continue
-            group = self._join(node, kind) if kind in ("row", "elementwise") else None
+            group = self._join(node, kind) if kind in ("row", "elementwise", "heads") else None
+            if group is None and kind == "heads":
+                continue
             if group is None:
                 group = Group([], kind)
-            for source in _widened(node):
+            for source in self._sources(node):
                 group.nodes.append(source)
                 self.group_of[source] = group
             group.nodes.append(node)
@@ -170,6 +180,12 @@ class _Grouping:
                 group.kind = "row"
             self.group_of[node] = group
         return list(dict.fromkeys(self.group_of.values()))
+
+    def _sources(self, node: ir.Node) -> list[ir.Node]:
+        """What ``node`` takes along of the operators before it."""
+        if node.op_type != "Attention":
+            return _widened(node)
+        return _views_before(node, self.group_of)
 
     def _join(self, node: ir.Node, kind: str) -> Group | None:
         """The group of one of the node's producers that ``node`` may enter, the youngest first."""
@@ -192,7 +208,10 @@ class _Grouping:
             return f"{node.op_type} cannot follow {group.nodes[-1].op_type} in one kernel"
         wanted = node.outputs[0].shape
         last = group.nodes[-1].outputs[0]
-        if not _same_extents(wanted, last.shape) and not (_is_unary(node) and node.inputs[0] is last):
+        if kind == "heads":
+            if not _sole_use(last, node):
+                return f"the result of {group.nodes[-1].name} is needed elsewhere too"
+        elif not _same_extents(wanted, last.shape) and not (_is_unary(node) and node.inputs[0] is last):
             return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
         fixed = group.kind in ("anchor", "reader") and not is_narrowing(node)
         if fixed and not all(_sole_use(v, node) for v in _made(group, node)):
@@ -242,6 +261,33 @@ def _widened(node: ir.Node) -> list[ir.Node]:
     return list(dict.fromkeys(p for p in sources if p is not None and p.graph is node.graph and is_widening(p)))
 
 
+def _views_before(node: ir.Node, taken: Container[ir.Node]) -> list[ir.Node]:
+    """Operators that move or widen the elements of the operands and that only ``node`` needs, in topological order.
+
+    Those in ``taken`` belong to other groups.
+    """
+    members = {node}
+    pending = [value for value in node.inputs if value is not None]
+    while pending:
+        source = pending.pop().producer()
+        if source is None or source in members or source in taken or source.graph is not node.graph:
+            continue
+        moves = source.domain in ("", "ai.onnx") and source.op_type in VIEWS
+        private = all(not o.is_graph_output() and members >= {u for u, _ in o.uses()} for o in source.outputs)
+        if (moves or is_widening(source)) and private:
+            members.add(source)
+            pending.extend(v for v in source.inputs[:1] if v is not None)
+    return [n for n in node.graph or () if n in members and n is not node]
+
+
+def _places_heads(node: ir.Node) -> bool:
+    """Whether a node is a transposition that attention can write its result in."""
+    source = node.inputs[0].producer() if node.op_type == "Transpose" and node.inputs[0] is not None else None
+    order = node.attributes.get("perm")
+    known = source is not None and source.op_type == "Attention" and source.graph is node.graph
+    return known and order is not None and tuple(order.as_ints()) == HEADS_LAST
+
+
 def _share_out(graph: ir.Graph, names: Names) -> bool:
     """Give every reader that forms groups a widening node of its own; returns whether any was shared before."""
     shared = [node for node in graph if is_widening(node) and not node.outputs[0].is_graph_output()]
@@ -286,6 +332,8 @@ def _kind(node: ir.Node) -> str | None:
         return "row" if _last_axis(node) else None
     if node.op_type in ANCHORS:
         return "anchor"
+    if _places_heads(node):
+        return "heads"
     if node.op_type in ELEMENTWISE and _is_data(node):
         return "elementwise"
     return None
@@ -357,7 +405,9 @@ class _Outliner:
         return self._call(graph, self.known[key], nodes, inputs, outputs)
 
     def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
-        named = [n.op_type for n in nodes if not is_widening(n)] or [n.op_type for n in nodes]
+        named = [n.op_type for n in nodes if not is_widening(n) and n.op_type not in VIEWS] or [
+            n.op_type for n in nodes
+        ]
         name = _free("_".join(named[:6]), self.names)
         mapping: dict[ir.Value, ir.Value] = {v: ir.Value(name=f"in{n}") for n, v in enumerate(inputs)}
         copies: list[ir.Node] = []
