@@ -25,7 +25,6 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.cpu.loops import i64
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -190,7 +189,7 @@ class MicroKernel:
         dot = self.dot
         flags = ("_add" if self.accumulate else "") + ("_indexed" if self.indexed else "")
         rows = -(-self.rows // TILE_ROWS) if dot.tiled else self.rows
-        return f"mmopt_{dot.name}_{dot.a}_{dot.b}_{rows}x{self.columns}_p{self.prefetch}{flags}"
+        return f"mmopt_{dot.name}_{dot.a}_{dot.b}_{rows}x{self.columns}x{dot.step}_p{self.prefetch}{flags}"
 
     def llvm(self) -> str:
         """The function's text. Parameters: c, stride of c, a, stride of a, b, steps, segments, offsets, ahead."""
@@ -222,8 +221,8 @@ class MicroKernel:
             offsets: Address of an int64 array: where in A each segment starts.
             ahead: Address of what to fetch ahead; ``b`` when absent.
         """
-        extra = [_i64(segments), offsets if offsets is not None else b, ahead if ahead is not None else b]
-        arguments = [c, _i64(c_stride), a, _i64(a_stride), b, _i64(steps), *extra]
+        extra = [_number(segments), offsets if offsets is not None else b, ahead if ahead is not None else b]
+        arguments = [c, _number(c_stride), a, _number(a_stride), b, _number(steps), *extra]
         return tirx.Evaluate(tirx.call_extern("int32", self.name, *arguments))
 
 
@@ -232,8 +231,9 @@ def address(load: Expr) -> Expr:
     return tirx.address_of(load)
 
 
-def _i64(value: int | Expr) -> Expr:
-    return i64(value) if isinstance(value, int) else value
+def _number(value: int | Expr) -> Expr:
+    """An argument of a micro-kernel. Of 64 bits it would not do: TVM narrows such expressions where it can."""
+    return tirx.const(value, "int32") if isinstance(value, int) else value.astype("int32")
 
 
 def configure_tiles(rows: int | Expr, step_bytes: int | Expr = TILE_BYTES) -> Stmt:
@@ -243,7 +243,7 @@ def configure_tiles(rows: int | Expr, step_bytes: int | Expr = TILE_BYTES) -> St
         rows: Rows the next kernels compute, at most 32.
         step_bytes: Bytes of A's rows in a step of the depth, a multiple of 4; less than 64 where segments are short.
     """
-    return tirx.Evaluate(tirx.call_extern("int32", "mmopt_configure_tiles", _i64(rows), _i64(step_bytes)))
+    return tirx.Evaluate(tirx.call_extern("int32", "mmopt_configure_tiles", _number(rows), _number(step_bytes)))
 
 
 def release_tiles() -> Stmt:
@@ -265,7 +265,7 @@ def importing(kernels: Iterable[MicroKernel], body: Stmt) -> Stmt:
 # -- LLVM text -------------------------------------------------------------------------------------------------
 
 _HEADER = (
-    "define i32 @{name}(ptr %c, i64 %cs, ptr %a, i64 %as, ptr %b, i64 %steps, i64 %segments, ptr %offsets, "
+    "define i32 @{name}(ptr %c, i32 %cs32, ptr %a, i32 %as32, ptr %b, i32 %steps32, i32 %segments32, ptr %offsets, "
     "ptr %ahead) alwaysinline {{"
 )
 
@@ -327,6 +327,8 @@ class _Kernel:
     def write(self) -> None:
         w, indexed = self.w, self.kernel.indexed
         w.line("entry:")
+        for name in ("cs", "as", "steps", "segments"):
+            w.line(f"  %{name} = sext i32 %{name}32 to i64")
         first = self.start()
         types = [t for t, _ in first]
         w.line("  br label %segment" if indexed else "  br label %step")
@@ -526,17 +528,17 @@ class _Tiles(_Kernel):
 def _tile_functions() -> str:
     """Functions that shape and release tiles: palette 1, rows at byte 48 + n, bytes of a row at 16 + 2n."""
     w = _Writer()
-    w.line("define i32 @mmopt_configure_tiles(i64 %rows, i64 %step) alwaysinline {")
+    w.line("define i32 @mmopt_configure_tiles(i32 %rows, i32 %step) alwaysinline {")
     w.line("  %m = alloca [64 x i8], align 64")
     w.line("  store <64 x i8> zeroinitializer, ptr %m, align 64")
     w.line("  store i8 1, ptr %m")
-    w.line("  %first = call i64 @llvm.umin.i64(i64 %rows, i64 16)")
-    w.line("  %left = sub i64 %rows, %first")
-    w.line("  %second = call i64 @llvm.umax.i64(i64 %left, i64 1)")
-    w.line("  %depth = udiv i64 %step, 4")
+    w.line("  %first = call i32 @llvm.umin.i32(i32 %rows, i32 16)")
+    w.line("  %left = sub i32 %rows, %first")
+    w.line("  %second = call i32 @llvm.umax.i32(i32 %left, i32 1)")
+    w.line("  %depth = udiv i32 %step, 4")
     for name in ("first", "second", "depth"):
-        w.line(f"  %{name}8 = trunc i64 %{name} to i8")
-    w.line("  %step16 = trunc i64 %step to i16")
+        w.line(f"  %{name}8 = trunc i32 %{name} to i8")
+    w.line("  %step16 = trunc i32 %step to i16")
     for tile in range(8):
         rows = "%depth8" if tile >= 6 else "%second8" if tile in (2, 3, 5) else "%first8"
         width = "%step16" if tile in (4, 5) else str(TILE_BYTES)
@@ -549,7 +551,7 @@ def _tile_functions() -> str:
     w.line("  call void @llvm.x86.tilerelease()")
     w.line("  ret i32 0")
     w.line("}")
-    for declared in ("i64 @llvm.umin.i64(i64, i64)", "i64 @llvm.umax.i64(i64, i64)"):
+    for declared in ("i32 @llvm.umin.i32(i32, i32)", "i32 @llvm.umax.i32(i32, i32)"):
         w.line(f"declare {declared}")
     w.line("declare void @llvm.x86.ldtilecfg(ptr)")
     w.line("declare void @llvm.x86.tilerelease()")
