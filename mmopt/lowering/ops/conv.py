@@ -14,6 +14,7 @@ from mmopt.backends.cpu.kernels.conv import Convolution, DepthwiseConvolution, W
 from mmopt.backends.cpu.kernels.tile import choose_tile, lanes_of
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops.conv_narrow import known_widened, narrow_convolution
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value, plain_view, static_shape
 
@@ -69,6 +70,9 @@ def conv(node: OpNode) -> Value:
 
 def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
     """Pick the template for a convolution."""
+    if (narrow := narrow_convolution(node, x, w, bias, groups, shape)) is not None:
+        return narrow
+    w = known_widened(w)
     lanes = lanes_of(node.context.program.profile, x.dtype)
     channels, depth, out = static(x.shape[1]), static(w.shape[1]), static(w.shape[0])
     usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
@@ -216,7 +220,7 @@ def _generic(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
 @lowers("ConvTranspose")
 def conv_transpose(node: OpNode) -> Value:
     """The adjoint of a convolution, as a convolution of the input with zeros put between its elements."""
-    x, w, bias = node.input(0), node.input(1), node.optional(2)
+    x, w, bias = node.input(0), known_widened(node.input(1)), node.optional(2)
     kernel = static_shape(w.shape[2:], "kernel")
     rank, groups = len(kernel), node.attr("group", 1)
     strides = tuple(node.attr("strides") or [1] * rank)
