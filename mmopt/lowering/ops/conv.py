@@ -10,8 +10,12 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from mmopt.backends.compute import SUM, Map, Reduction, Source, Tensor, guarded, index
-from mmopt.backends.cpu.kernels.conv import Convolution, DepthwiseConvolution, Window, pack_filters
-from mmopt.backends.cpu.kernels.tile import choose_tile, lanes_of
+from mmopt.backends.cpu.choosing import dim
+from mmopt.backends.cpu.kernels.conv import Window, pack_filters
+from mmopt.backends.cpu.kernels.conv_depthwise import DepthwiseConvolution
+from mmopt.backends.cpu.kernels.conv_direct import DirectConvolution
+from mmopt.backends.cpu.kernels.conv_patches import Convolved, direct_candidates, patch_of
+from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.conv_narrow import known_widened, narrow_convolution
@@ -97,26 +101,31 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
     out, depth = w.constant.shape[:2]
     block = lanes if depth % lanes == 0 else 1
     plain = block == 1
-    space = shape.padded_extents(x.shape[2:])
-    width = static(shape.window.output(space)[-1])
-    pointwise = not plain and shape.window == Window(*(tuple([1] * len(space)),) * 3)
-    rows = static(simplify(product(shape.window.output(space)))) if pointwise else width
-    tile = choose_tile(context.program.profile, x.dtype, rows, out // groups)
-    source = padded_input(node, x, shape, 0 if plain else lanes)
-    filters = context.program.packed(
-        w, ("filters", groups, block, tile.columns), lambda a: pack_filters(a, groups, block, tile.columns)
+    space = shape.window.output(shape.padded_extents(x.shape[2:]))
+    flat = not plain and shape.window == Window(*(tuple([1] * len(space)),) * 3)
+    walked = (simplify(product(space)),) if flat else space
+    extents = tuple(dim(s) for s in walked)
+    work = Convolved(
+        dim(x.shape[0]), depth, out // groups, groups, shape.window.kernel, shape.window.strides, extents, x.dtype
     )
-    nest = Convolution(
-        source,
+    workload = work.workload()
+    patch = patch_of(context.program.chooser.choose(workload, direct_candidates(context.program.profile, work)))
+    columns = patch.columns
+    filters = context.program.packed(
+        w, ("filters", groups, block, columns), lambda a: pack_filters(a, groups, block, columns)
+    )
+    nest = DirectConvolution(
+        padded_input(node, x, shape, 0 if plain else lanes),
         filters,
         channels=out,
         groups=groups,
         block=block,
         window=shape.window,
-        tile=tile,
+        patch=patch,
         plain=plain,
-        flat=pointwise,
+        flat=flat,
     )
+    nest.workload = workload
     return _finish(node, nest.output, bias, out, lanes)
 
 
