@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mmopt.api import compile, load, optimize, verify
+    from mmopt.api import Tuning, compile, load, optimize, tune, verify
     from mmopt.errors import MmoptError
     from mmopt.ir.modality import Modality
     from mmopt.ir.module import Module
@@ -23,6 +23,7 @@ __all__ = [
     "Pass",
     "PassContext",
     "Session",
+    "Tuning",
     "compile",
     "fx_pass",
     "graphsurgeon_pass",
@@ -30,6 +31,7 @@ __all__ = [
     "load_artifact",
     "module_pass",
     "optimize",
+    "tune",
     "verify",
 ]
 
@@ -43,6 +45,7 @@ _HOMES = {
     "Pass": "mmopt.pipeline.base",
     "PassContext": "mmopt.pipeline.base",
     "Session": "mmopt.runtime",
+    "Tuning": "mmopt.api",
     "compile": "mmopt.api",
     "fx_pass": "mmopt.pipeline.decorators",
     "graphsurgeon_pass": "mmopt.pipeline.decorators",
@@ -50,6 +53,7 @@ _HOMES = {
     "load_artifact": "mmopt.runtime",
     "module_pass": "mmopt.pipeline.decorators",
     "optimize": "mmopt.api",
+    "tune": "mmopt.api",
     "verify": "mmopt.api",
 }
 

@@ -20,6 +20,9 @@ from mmopt.runnable import Inputs, as_runnable
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
+    from mmopt.autotune.runner import Budget, TuningReport
+    from mmopt.backends.cpu.choosing import Chooser
+    from mmopt.backends.profile import Profile
     from mmopt.pipeline.base import Pass
     from mmopt.pipeline.manager import Progress
     from mmopt.pipeline.recipe import Recipe
@@ -42,6 +45,34 @@ class OptimizeResult:
 
     module: Module
     report: PipelineReport
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How kernels are tuned.
+
+    Attributes:
+        minutes: Time for measuring; None for no limit. With 0, only what the database knows is used.
+        trials: Candidates to measure at most; None for no limit.
+        database: The database's file; the one in the user's cache folder when None.
+        jobs: Kernels compiled at the same time; one per core when None.
+    """
+
+    minutes: float | None = 5.0
+    trials: int | None = None
+    database: str | os.PathLike[str] | None = None
+    jobs: int | None = None
+
+    @property
+    def budget(self) -> Budget:
+        """When to stop.
+
+        Raises:
+            UserError: A limit makes no sense.
+        """
+        from mmopt.autotune.runner import Budget
+
+        return Budget(self.minutes, self.trials)
 
 
 def load(
@@ -220,6 +251,7 @@ def compile(
     *,
     output: str | os.PathLike[str],
     target: str = "cpu",
+    tuning: Tuning | None = None,
     entries: Mapping[str, Module] | None = None,
     reference: Module | None = None,
     inputs: Inputs | Sequence[Inputs] | None = None,
@@ -236,6 +268,7 @@ def compile(
         module: What to compile.
         output: Folder to write, or one zip when the name ends in ``.zip``.
         target: Name or file of the target profile.
+        tuning: Choose the parameters of kernels by measuring (level 3); by prediction when None.
         entries: Entry points besides ``main``; when None, the towers and the fusion of a model that can be cut.
         reference: What the artifact has to agree with, for example the module before :func:`optimize`; ``module``
             itself when None.
@@ -255,23 +288,95 @@ def compile(
     """
     from mmopt.backends.profile import load_profile
 
+    profile = load_profile(target)
     if entries is None:
         from mmopt.analysis.towers import analyze_towers, extract_entry_points
 
         towers = analyze_towers(module)
         entries = {} if towers.uncut else extract_entry_points(module, towers)
         report = {"schema_version": 1, **(report or {}), "towers": towers.to_dict()}
+    chooser, found = None, None
+    if tuning is not None:
+        chooser, found = _decide({"main": module, **entries}, profile, tuning, inputs, progress)
+        report = {"schema_version": 1, **(report or {}), "tuning": found}
     check = Check(reference, inputs, tolerance, seed, allow_mismatch)
-    return build_artifact(
+    built = build_artifact(
         module,
-        load_profile(target),
+        profile,
         output,
         entries=entries,
         check=check,
         report=report,
         config=config,
+        chooser=chooser,
         progress=progress,
     )
+    return dataclasses.replace(built, tuning=found)
+
+
+def _decide(
+    modules: Mapping[str, Module],
+    profile: Profile,
+    tuning: Tuning,
+    inputs: Inputs | Sequence[Inputs] | None,
+    progress: Callable[[int, int, str], None],
+) -> tuple[Chooser, dict[str, Any]]:
+    """What to compile with, and what the report says about it."""
+    from mmopt.autotune.contest import decide
+    from mmopt.autotune.database import Database
+
+    first = inputs if inputs is None or isinstance(inputs, Mapping) else next(iter(inputs), None)
+    decision = decide(
+        modules, profile, Database(tuning.database), tuning.budget, inputs=first, jobs=tuning.jobs, progress=progress
+    )
+    return decision.chooser, decision.to_json()
+
+
+def tune(
+    module: Module,
+    *,
+    target: str = "cpu",
+    tuning: Tuning | None = None,
+    entries: Mapping[str, Module] | None = None,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> TuningReport:
+    """Measure the candidates of the module's kernels on this machine, into a database that later runs use.
+
+    Args:
+        module: What :func:`optimize` gave: the module that will be compiled.
+        target: Name or file of the target profile, which must fit this machine.
+        tuning: How long, and where results are kept.
+        entries: Entry points besides ``main``; when None, the towers and the fusion of a model that can be cut.
+        progress: Told candidates measured, candidates to measure, and the best so far.
+
+    Raises:
+        UserError: An unknown target, or a database that cannot be used.
+        UnsupportedError: The target is not this machine.
+    """
+    from mmopt.autotune.contest import scope_threads
+    from mmopt.autotune.database import Database
+    from mmopt.autotune.runner import tune as search
+    from mmopt.backends.profile import load_profile
+
+    profile, options = load_profile(target), tuning or Tuning()
+    modules = {"main": module, **(entry_points(module) if entries is None else entries)}
+    return search(
+        modules,
+        profile,
+        Database(options.database),
+        options.budget,
+        threads=scope_threads(profile),
+        jobs=options.jobs,
+        progress=progress,
+    )
+
+
+def entry_points(module: Module) -> dict[str, Module]:
+    """The entry points besides ``main`` that :func:`compile` makes: the towers and the fusion, where there are any."""
+    from mmopt.analysis.towers import analyze_towers, extract_entry_points
+
+    towers = analyze_towers(module)
+    return {} if towers.uncut else dict(extract_entry_points(module, towers))
 
 
 def verify(

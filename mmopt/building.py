@@ -19,6 +19,7 @@ from mmopt.runtime.writer import ArtifactWriter, write_artifact
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
+    from mmopt.backends.cpu.choosing import Chooser
     from mmopt.backends.profile import Profile
 
 Progress = Callable[[int, int, str], None]
@@ -35,6 +36,7 @@ class CompileResult:
         size: Bytes of all its files.
         checks: How each entry point agrees with the model it was made from, by name; empty when it cannot run here.
         unverified: Why it could not be verified, or "".
+        tuning: What measuring its kernels found, as in ``report.json``; None when they were chosen by prediction.
     """
 
     path: pathlib.Path
@@ -42,6 +44,7 @@ class CompileResult:
     size: int
     checks: dict[str, Verification]
     unverified: str = ""
+    tuning: dict[str, Any] | None = None
 
     @property
     def native(self) -> bool:
@@ -60,6 +63,7 @@ class CompileResult:
             "notes": self.manifest.notes,
             "verified": {name: check.to_dict() for name, check in self.checks.items()},
             "unverified": self.unverified,
+            "tuning": self.tuning,
         }
 
 
@@ -91,6 +95,7 @@ def build_artifact(
     check: Check | None = None,
     report: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
+    chooser: Chooser | None = None,
     progress: Progress = lambda index, total, name: None,
 ) -> CompileResult:
     """Compile, write beside ``output``, verify there, and only then give it its name.
@@ -103,6 +108,7 @@ def build_artifact(
         check: How to verify.
         report: Content of ``report.json``.
         config: The resolved configuration, for the manifest.
+        chooser: Picks the parameters of kernels; by prediction when None.
         progress: Told step, number of steps and what it does.
 
     Raises:
@@ -111,12 +117,12 @@ def build_artifact(
         BackendError: Compiling or running failed.
         VerifyError: It disagrees with the reference.
     """
-    from mmopt.lowering.compiler import compile_module
+    from mmopt.lowering.compiler import CompileOptions, compile_module
 
     entries, check = dict(entries or {}), check or Check()
     with write_artifact(output) as writer:
         progress(0, len(_STEPS), _STEPS[0])
-        program = compile_module(module, profile, entries=entries)
+        program = compile_module(module, profile, entries=entries, options=CompileOptions(chooser=chooser))
         progress(1, len(_STEPS), _STEPS[1])
         writer.add_program(program, config=config)
         # Its weights are as large as the model, and parts of the compiler that refer to each other still hold them.

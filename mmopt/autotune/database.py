@@ -155,6 +155,8 @@ class Database:
         self.damaged: list[str] = []
         self._records: dict[tuple[Scope, str], dict[str, list[Record]]] = {}
         for number, line in enumerate(self._lines(), 1):
+            if not line.strip():
+                continue
             try:
                 self._remember(Record.from_json(json.loads(line)))
             except (KeyError, TypeError, ValueError) as error:
@@ -167,7 +169,7 @@ class Database:
             return []
         except OSError as error:
             raise UserError(f"the tuning database cannot be read: {error.strerror}", where=str(self.path)) from error
-        return [line for line in text.split("\n") if line.strip()]
+        return text.split("\n")
 
     def _remember(self, record: Record) -> None:
         found = self._records.setdefault((record.scope, record.workload), {})

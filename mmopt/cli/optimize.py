@@ -59,6 +59,15 @@ def optimize(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, metavar="N", help="Cores to use. Default: all.")] = None,
+    tune_minutes: Annotated[
+        float | None, typer.Option(metavar="M", help="Time -O3 spends on measuring kernels. Default: 5.")
+    ] = None,
+    tune_trials: Annotated[
+        int | None, typer.Option(metavar="N", help="Candidates -O3 measures at most. Default: no limit.")
+    ] = None,
+    database: Annotated[
+        pathlib.Path | None, typer.Option(metavar="FILE", help="Where -O3 keeps what it measures; see `mmopt tune`.")
+    ] = None,
     emit: Annotated[str | None, typer.Option(metavar="artifact|onnx", help="What to write.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be done, and write nothing.")] = False,
     allow_mismatch: Annotated[
@@ -76,7 +85,7 @@ def optimize(
     show = Output(verbose, quiet, json)
     if emit is not None and emit not in EMIT:
         raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
-    from mmopt.cli.optimizing import Job, Request
+    from mmopt.cli.optimizing import Job, Request, tuning_options
 
     Job(
         Request(
@@ -96,6 +105,7 @@ def optimize(
             tolerance=tolerance,
             seed=seed,
             jobs=jobs,
+            tuning=tuning_options(level, tune_minutes, tune_trials, database, jobs),
             emit=emit,
             allow_mismatch=allow_mismatch,
             trust_code=trust_code,

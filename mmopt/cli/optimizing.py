@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmopt.analysis.probes import load_inputs, probe_inputs
-from mmopt.api import OptimizeResult, choose_recipe, chosen_precision, compile, load
+from mmopt.api import OptimizeResult, Tuning, choose_recipe, chosen_precision, compile, load
 from mmopt.api import optimize as optimize_module
 from mmopt.building import CompileResult
 from mmopt.cli.output import Output, size_text, time_text
@@ -54,6 +54,7 @@ class Request:
     tolerance: float | None
     seed: int | None
     jobs: int | None
+    tuning: Tuning | None
     emit: str | None
     allow_mismatch: bool
     trust_code: bool
@@ -73,6 +74,7 @@ class Outcome:
         unverified: Why not, or "".
         speed: How fast, against onnxruntime.
         fallback: What does not run natively, and why.
+        tuning: What -O3 measured.
     """
 
     path: pathlib.Path
@@ -83,6 +85,7 @@ class Outcome:
     unverified: str
     speed: Speed
     fallback: list[str]
+    tuning: dict[str, Any] | None = None
 
 
 class Job:
@@ -182,6 +185,7 @@ class Job:
                 optimized.module,
                 output=self._output,
                 target=self._settings["target"],
+                tuning=self._request.tuning,
                 reference=original,
                 inputs=inputs,
                 tolerance=self._request.tolerance,
@@ -205,6 +209,7 @@ class Job:
             unverified=built.unverified,
             speed=self._measure(built, original, inputs),
             fallback=[] if built.native else built.manifest.notes,
+            tuning=built.tuning,
         )
 
     def _measure(self, built: CompileResult, original: Module, inputs: Sequence[Inputs] | None) -> Speed:
@@ -259,10 +264,30 @@ class Job:
                 "exactness": None if outcome.check is None else outcome.check.to_dict(),
                 "unverified": outcome.unverified,
                 "fallback": outcome.fallback,
+                "tuning": outcome.tuning,
             }
         )
         if outcome.check is not None and not outcome.check.ok:
             raise VerifyError("the result does not agree with the model; written because of --allow-mismatch")
+
+
+def tuning_options(
+    level: int, minutes: float | None, trials: int | None, database: pathlib.Path | None, jobs: int | None
+) -> Tuning | None:
+    """How -O3 tunes; None at other levels.
+
+    Raises:
+        UserError: A limit makes no sense, or is given at another level.
+    """
+    if level < 3:
+        given = {"--tune-minutes": minutes, "--tune-trials": trials, "--database": database}
+        for name, value in given.items():
+            if value is not None:
+                raise UserError("only -O3 tunes", where=name, hint="add -O3")
+        return None
+    options = Tuning(Tuning.minutes if minutes is None and trials is None else minutes, trials, database, jobs)
+    _ = options.budget
+    return options
 
 
 def summary(outcome: Outcome, report: PipelineReport) -> list[str]:
@@ -273,6 +298,10 @@ def summary(outcome: Outcome, report: PipelineReport) -> list[str]:
     word = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio if ratio else 0:.2f}x larger"
     total = f"; with everything else in it {size_text(outcome.total)}" if outcome.total > outcome.after else ""
     lines.append(f"size: {size_text(outcome.before)} → {size_text(outcome.after)} needed to run, {word}{total}")
+    if outcome.tuning is not None:
+        from mmopt.cli.tuning import summary_line
+
+        lines.append(f"tuning: {summary_line(outcome.tuning)}")
     lines.append(f"speed: {_speed_text(outcome.speed)}")
     lines.append(f"exactness: {_exactness_text(outcome)}")
     if outcome.fallback:
