@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -86,10 +86,13 @@ class ReferenceRunner:
 
     def run_all(self, module: Module, batches: Sequence[Mapping[str, Any]]) -> list[Outputs]:
         """Run ``module`` on several sets of inputs with one loaded session; otherwise as :meth:`run`."""
+        return list(self.stream(module, batches))
+
+    def stream(self, module: Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Outputs]:
+        """As :meth:`run_all`, one set after another, so that only one set of outputs need be in memory."""
         session, reason = self._load(module)
-        if session is None:
-            return [_run_reference(module, inputs, reason) for inputs in batches]
-        return [session.run(inputs) for inputs in batches]
+        for inputs in batches:
+            yield _run_reference(module, inputs, reason) if session is None else session.run(inputs)
 
     def refusal(self, module: Module) -> str:
         """Why onnxruntime cannot load ``module``, or "" when it can."""

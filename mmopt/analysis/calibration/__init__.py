@@ -1,0 +1,12 @@
+"""Calibration: what the tensors of a model look like on real data, in bounded memory."""
+
+from __future__ import annotations
+
+from mmopt.analysis.calibration.collect import GIVEN, RANDOM, Calibration, collect
+from mmopt.analysis.calibration.ranges import choose_range
+from mmopt.analysis.calibration.statistics import Histogram, TensorStatistics
+from mmopt.analysis.calibration.store import load, save
+
+__all__ = [
+    "GIVEN", "RANDOM", "Calibration", "Histogram", "TensorStatistics", "choose_range", "collect", "load", "save",
+]  # fmt: skip
