@@ -16,7 +16,7 @@ from mmopt.backends.cpu.choosing import Workload, dim, typical
 from mmopt.backends.cpu.dot import Dot, dot_for
 from mmopt.backends.cpu.kernels.conv_dot import Cut, DotConvolution, Shape, Walk, block_of, candidates, pack_filters
 from mmopt.backends.cpu.kernels.tile import spans
-from mmopt.backends.cpu.loops import static
+from mmopt.backends.cpu.loops import split_index, static
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import Quantized, Value, plain_view
 
@@ -222,13 +222,15 @@ class _Plan:
             return None
         extents = tuple(extent or 0 for extent in padded)
         block, each = block_of(depth, dot), out // groups
-        shape = Shape(extents, -(-depth // block) * block, each, groups, geometry.window)
+        walk = Walk.of(dot, block, geometry.window)
+        split = not walk.joined and any(s > 1 for s in geometry.window.strides)
+        shape = Shape(extents, split, -(-depth // block) * block, each, groups, geometry.window)
         if min(extents) < 1 or min(shape.space) < 1:
             return None
         result = block_of(out, dot) if out % dot.group == 0 else out
         if groups > 1 and (depth % block or any(result % used for used in spans(each, dot.lanes))):
             return None
-        return cls(shape, Walk.of(dot, block, geometry.window), geometry, result)
+        return cls(shape, walk, geometry, result)
 
     def sums(self, node: OpNode, x: Value, weight: np.ndarray, name: str, zero: int, template: str) -> Tensor:
         """The template's result, in blocks."""
@@ -259,7 +261,7 @@ class _Plan:
         context, dot, block = node.context, self.walk.dot, self.walk.block
         channels = static(x.shape[1]) or 0
         whole = channels % block == 0
-        if not self.geometry.padded and whole and x.dtype == dot.a:
+        if not self.geometry.padded and not self.shape.split and whole and x.dtype == dot.a:
             return context.in_blocks(x, block)
         context.realize([x], "operand")
         inside = x.in_blocks_of(block)
@@ -274,25 +276,46 @@ class _Plan:
                 return tirx.reinterpret("uint16", value)
             return (value.astype("int32") + shift).astype(stored) if shift else value.astype(stored)
 
+        phases = math.prod(self.shape.phases)
+
         def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
             *at, lane = rest
-            place = [p - b for p, b in zip(at, self.geometry.begin, strict=True)]
-            doubts = [
-                tirx.all(p >= 0, p < extent)
-                for p, extent, b, e in zip(place, x.shape[2:], self.geometry.begin, self.geometry.end, strict=True)
-                if static(b) or static(e)
-            ]
-            channel = c * block + lane
+            number = tirx.floordiv(c, index(phases))
+            place = self._place(at, tirx.floormod(c, index(phases)))
+            doubts = self._doubts(x, place)
+            channel = number * block + lane
             if not whole:
                 doubts.append(channel < channels)
-            where = (n, channel, *place) if inside is None else (n, c, *place, lane)
+            where = (n, channel, *place) if inside is None else (n, number, *place, lane)
             return guarded(tirx.all(*doubts), lambda: element(where), fill) if doubts else element(where)
 
-        extents = (x.shape[0], index(-(-channels // block)), *map(index, self.shape.padded), index(block))
+        extents = (x.shape[0], index(-(-channels // block) * phases), *map(index, self.shape.extents), index(block))
         value = Value(Map(extents, stored, body, "blocks"))
         context.realize([value], "blocks")
         assert isinstance(value.tensor, Source)
         return value.tensor
+
+    def _place(self, at: Sequence[Expr], phase: Expr) -> list[Expr]:
+        """Coordinates in the input of a place in a phase; they may lie in the padding."""
+        begin = self.geometry.begin
+        if not self.shape.split:
+            return [p - b for p, b in zip(at, begin, strict=True)]
+        phases = split_index(phase, [index(p) for p in self.shape.phases])
+        strides = self.shape.window.strides
+        return [p * s + f - b for p, s, f, b in zip(at, strides, phases, begin, strict=True)]
+
+    def _doubts(self, x: Value, place: Sequence[Expr]) -> list[Expr]:
+        """Conditions on a place to lie in the input, as far as they are not sure to hold."""
+        found = []
+        for axis, (p, extent) in enumerate(zip(place, x.shape[2:], strict=True)):
+            stride = self.shape.window.strides[axis] if self.shape.split else 1
+            begin = static(self.geometry.begin[axis]) or 0
+            last = (self.shape.extents[axis] - 1) * stride + self.shape.phases[axis] - 1 - begin
+            if begin > 0:
+                found.append(p >= 0)
+            if last >= (static(extent) or 0):
+                found.append(p < extent)
+        return found
 
     def finished(self, node: OpNode, total: Tensor, dtype: str, rule: Rule | None) -> Value:
         """``rule`` of each sum, as a value."""

@@ -8,7 +8,8 @@ segments: one for each block of channels and tap, or for each row of taps where 
 addresses are worked out once a call. Weights are panels of a few vectors of output channels, in the order of the walk.
 
 Positions count along the last axis; where strides allow it, along the last two or all, over the padding too, whose sums
-are thrown away: for small images this fills tiles better than lines would.
+are thrown away: for small images this fills tiles better than lines would. A strided convolution reads its input in
+phases: an image of the even and one of the odd positions, for stride two, over which its positions are neighbours.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class Cut:
         merged: Spatial axes, counted from the last, that positions run along.
         chunk: Positions of one parallel piece, in whole tiles.
         panels: Panels of one parallel piece.
+        prefetch: Cache lines of the next panel fetched in each step of the depth.
     """
 
     rows: int
@@ -113,6 +115,7 @@ class Cut:
     merged: int
     chunk: int
     panels: int
+    prefetch: int
 
     def parameters(self) -> dict[str, int | str | bool]:
         """As parameters of a candidate."""
@@ -125,6 +128,7 @@ class Shape:
 
     Attributes:
         padded: Spatial extents of the padded input.
+        split: Whether the input lies in phases.
         channels: Input channels of a group, in whole blocks.
         outputs: Output channels of a group.
         groups: Number of groups.
@@ -132,6 +136,7 @@ class Shape:
     """
 
     padded: tuple[int, ...]
+    split: bool
     channels: int
     outputs: int
     groups: int
@@ -143,6 +148,25 @@ class Shape:
         return tuple(static(d) or 0 for d in self.window.output([i64(p) for p in self.padded]))
 
     @property
+    def phases(self) -> tuple[int, ...]:
+        """Phases that the input is stored in along each axis."""
+        taps = zip(self.window.kernel, self.window.strides, self.window.dilations, strict=True)
+        return tuple(min(s, (k - 1) * d + 1) if self.split and d % s else 1 for k, s, d in taps)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Distances of neighbouring positions in a phase."""
+        return tuple(1 if self.split else s for s in self.window.strides)
+
+    @property
+    def extents(self) -> tuple[int, ...]:
+        """Spatial extents of a phase."""
+        if not self.split:
+            return self.padded
+        taps = zip(self.space, self.window.kernel, self.window.strides, self.window.dilations, strict=True)
+        return tuple(out + (k - 1) * d // s for out, k, s, d in taps)
+
+    @property
     def depth(self) -> int:
         """Products of one sum."""
         return self.channels * math.prod(self.window.kernel)
@@ -151,9 +175,9 @@ class Shape:
         """Numbers of axes that positions may run along: the last, the last two, all; they must not be strided."""
         rank = len(self.padded)
         found = [1]
-        if rank >= 2 and self.window.strides[-2:] == (1, 1):
+        if rank >= 2 and self.strides[-2:] == (1, 1):
             found.append(2)
-        if rank >= 3 and all(s == 1 for s in self.window.strides) and self.padded[1:] == self.space[1:]:
+        if rank >= 3 and all(s == 1 for s in self.strides) and self.extents[1:] == self.space[1:]:
             found.append(rank)
         return found
 
@@ -162,7 +186,7 @@ class Shape:
         if merged == 1:
             return self.space[-1]
         count = 0
-        for out, extent in zip(self.space[-merged:], self.padded[-merged:], strict=True):
+        for out, extent in zip(self.space[-merged:], self.extents[-merged:], strict=True):
             count = count * extent + out - 1
         return count + 1
 
@@ -181,7 +205,8 @@ def candidates(profile: Profile, dot: Dot, shape: Shape) -> list[Candidate]:
             tiles = -(-positions // most)
             height = min(positions, most) if dot.tiled else -(-positions // tiles)
             cut = _parallel(profile, dot, shape, height, vectors, merged)
-            found.append(Candidate(cut.parameters(), _cycles(dot, shape, cut)))
+            without = dataclasses.replace(cut, prefetch=0)
+            found += [Candidate(c.parameters(), _cycles(dot, shape, c)) for c in dict.fromkeys((cut, without))]
     return sorted(found, key=lambda c: c.cycles)
 
 
@@ -195,7 +220,10 @@ def _parallel(profile: Profile, dot: Dot, shape: Shape, rows: int, vectors: int,
     while each > 1 and runs * tiles * -(-panels // each) < TASKS:
         each = -(-each // 2)
     pieces = max(1, min(tiles, -(-TASKS // (runs * -(-panels // each)))))
-    return Cut(rows, vectors, merged, -(-tiles // pieces) * rows, each)
+    chunk = -(-tiles // pieces)
+    lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // ROW_BYTES)
+    streamed = panel_bytes * panels * shape.groups > profile.l2_bytes // 4
+    return Cut(rows, vectors, merged, chunk * rows, each, -(-lines // chunk) if streamed else 0)
 
 
 def _cycles(dot: Dot, shape: Shape, cut: Cut) -> float:
@@ -218,7 +246,7 @@ class DotConvolution(LoopNest):
     """A convolution with a packed constant.
 
     Args:
-        x: Padded input ``[N, C/block, *space, block]`` of type ``dot.a``; its spatial extents are constants.
+        x: Padded input ``[N, C/block · phases, *extents, block]`` of type ``dot.a``.
         filters: From :func:`pack_filters`.
         shape: Sizes.
         walk: How the depth is walked.
@@ -266,6 +294,7 @@ class _Emitter:
         self.panels = -(-self.sizes.outputs // self.width)
         self.taps = nest.walk.taps(self.sizes.window)
         self.blocks = -(-self.sizes.channels // nest.walk.block)
+        self.phases = math.prod(self.sizes.phases)
         self.segments = self.blocks * math.prod(self.taps)
         self.steps = nest.walk.length(self.sizes.window) // self.dot.step
         self.kernels: list[MicroKernel] = []
@@ -303,11 +332,20 @@ class _Emitter:
 
         def one(number: Expr) -> Stmt:
             block, *tap = split_index(number, [i64(e) for e in extents])
-            at = [t * d for t, d in zip((*tap, *map(i64, last)), self.sizes.window.dilations, strict=True)]
-            place = flat_index((block, *at), (i64(self.blocks), *map(i64, self.sizes.padded)))
+            reach = [t * d for t, d in zip((*tap, *map(i64, last)), self.sizes.window.dilations, strict=True)]
+            phase, at = self._phase_of(reach)
+            place = flat_index((block * self.phases + phase, *at), (i64(1), *map(i64, self.sizes.extents)))
             return tirx.BufferStore(self.offsets, simplify(place * self._position_bytes), [number])
 
         return loop(self.segments, one, name="segment")
+
+    def _phase_of(self, reach: Sequence[Expr]) -> tuple[Expr, Sequence[Expr]]:
+        """The phase that holds what lies ``reach`` behind a position, and where in it."""
+        if not self.sizes.split:
+            return i64(0), reach
+        strides, phases = self.sizes.window.strides, [i64(p) for p in self.sizes.phases]
+        inside = [tirx.floormod(r, i64(s)) for r, s in zip(reach, strides, strict=True)]
+        return flat_index(inside, phases), [tirx.floordiv(r, i64(s)) for r, s in zip(reach, strides, strict=True)]
 
     @property
     def _position_bytes(self) -> int:
@@ -334,7 +372,7 @@ class _Emitter:
         exact = self.panels % self.cut.panels == 0
 
         def one(p: Expr) -> Stmt:
-            body = loop(tiles, lambda t: self._tile(place, panel + p, first + t * height, height), name="tile")
+            body = loop(tiles, lambda t: self._tile(place, panel + p, first + t * height, height, t), name="tile")
             return body if exact else when(panel + p < self.panels, body)
 
         shape = configure_tiles(height, self._step_bytes) if self.dot.tiled else None
@@ -344,32 +382,37 @@ class _Emitter:
     def _step_bytes(self) -> int:
         return self.dot.step * itemsize(self.dot.a)
 
-    def _tile(self, place: _Place, panel: Expr, first: Expr, height: int) -> Stmt:
-        kernel = MicroKernel(self.dot, height, self.cut.vectors, indexed=self.segments > 1)
+    def _tile(self, place: _Place, panel: Expr, first: Expr, height: int, number: Expr) -> Stmt:
+        ahead = self.cut.prefetch if height == self.cut.rows else 0
+        kernel = MicroKernel(self.dot, height, self.cut.vectors, indexed=self.segments > 1, prefetch=ahead)
         self.kernels.append(kernel)
-        stride = 1 if self.cut.merged > 1 else self.sizes.window.strides[-1]
+        stride = 1 if self.cut.merged > 1 else self.sizes.strides[-1]
         zero, filters = i64(0), self.nest.filters
+        here = place.group * self.panels + panel
+        group_bytes = self.width * self.dot.group * itemsize(self.dot.b)
+        share = self.segments * self.steps * ahead * ROW_BYTES // group_bytes
         multiply = kernel.call(
             address(self.sums[zero]),
             self.width * 4,
             address(self.nest.x[self._start(place, first)]),
             stride * self._position_bytes,
-            address(filters[place.group * self.panels + panel, zero, zero, zero]),
+            address(filters[here, zero, zero, zero]),
             self.steps,
             segments=self.segments,
             offsets=address(self.offsets[zero]),
+            ahead=address(filters[here + 1, number * share, zero, zero]) if ahead else None,
         )
         return seq(multiply, self._hand_over(place, panel, first, height))
 
     def _start(self, place: _Place, first: Expr) -> tuple[Expr, ...]:
         """Where the first row of a tile starts in the input."""
-        strides, merged = self.sizes.window.strides, self.cut.merged
+        strides, merged = self.sizes.strides, self.cut.merged
         outer = [o * s for o, s in zip(place.run, strides, strict=False)]
         if merged == 1:
             inner: tuple[Expr, ...] = (first * strides[-1],)
         else:
-            inner = split_index(first, [i64(p) for p in self.sizes.padded[-merged:]])
-        return (place.image, place.group * self.blocks, *outer, *inner, i64(0))
+            inner = split_index(first, [i64(p) for p in self.sizes.extents[-merged:]])
+        return (place.image, place.group * (self.blocks * self.phases), *outer, *inner, i64(0))
 
     def _hand_over(self, place: _Place, panel: Expr, first: Expr, height: int) -> Stmt:
         full, rest = divmod(self.sizes.outputs, self.width)
@@ -405,7 +448,7 @@ class _Emitter:
         merged = self.cut.merged
         if merged == 1:
             return (*place.run, position), None
-        padded, space = self.sizes.padded[-merged:], self.sizes.space[-merged:]
+        padded, space = self.sizes.extents[-merged:], self.sizes.space[-merged:]
         at = split_index(position, [i64(p) for p in padded])
         doubtful = [i < i64(s) for i, s, p in zip(at[1:], space[1:], padded[1:], strict=True) if s != p]
         return (*place.run, *at), tirx.all(*doubtful) if doubtful else None
