@@ -59,13 +59,17 @@ class Space:
         Returns:
             Nothing when the space is exhausted.
         """
-        left = [c for c in self._worth_measuring(measured) if identity(c.parameters) not in measured]
-        left = [c for c in left if identity(c.parameters) not in self.missing]
+        left = [c for c in self._worth_measuring(measured) if self._open(c, measured)]
         first = self.predicted
         fresh = [c for c in sorted(left, key=lambda c: c.cycles) if c.parameters != first.parameters]
-        if not fresh and (identity(first.parameters) in measured or len(self.candidates) == 1):
+        if not fresh and (len(self.candidates) == 1 or not self._open(first, measured)):
             return []
-        return [first.parameters, *(c.parameters for c in fresh[: size - 1])]
+        base = [] if identity(first.parameters) in self.missing else [first]
+        return [c.parameters for c in (*base, *fresh)][:size]
+
+    def _open(self, candidate: Candidate, measured: Mapping[str, float | None]) -> bool:
+        key = identity(candidate.parameters)
+        return key not in measured and key not in self.missing
 
     def _worth_measuring(self, measured: Mapping[str, float | None]) -> Sequence[Candidate]:
         times = {key: time for key, time in measured.items() if time is not None}
