@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def optimize(
     recipe: str | os.PathLike[str] | Recipe | None = None,
     passes: Sequence[Pass | str] = (),
     inputs: Inputs | Sequence[Inputs] | None = None,
-    samples: dict[str, np.ndarray[Any, Any]] | None = None,
+    samples: dict[str, np.ndarray[Any, Any]] | Literal["random"] | None = None,
     validate: str | None = None,
     strict: bool | None = None,
     seed: int | None = None,
@@ -134,11 +134,13 @@ def optimize(
         level: 0 only works out shapes, 1 runs exact rewrites, 2 also those that round differently, 3 the same (what it
             adds is in compiling).
         precision: ``fp32``, or ``bf16`` or ``fp16`` to round what matrix products, convolutions, attention and
-            recurrence read, and to store weights so; what the recipe says, or ``fp32``, when None.
+            recurrence read, and to store weights so, or ``int8`` to compute linear layers in integers, with ranges from
+            ``samples``; what the recipe says, or ``fp32``, when None.
         recipe: A recipe, or its name or file, instead of the level's own.
         passes: Further passes: objects, or as on the command line (``my-pass{threshold=0.5}``).
         inputs: Inputs to validate on; probes when None.
-        samples: Calibration samples by input name, with a leading axis of samples.
+        samples: Calibration samples by input name, with a leading axis of samples; ``random`` makes some up, and has
+            the module, its report and every artifact of it say so.
         validate: ``each``, ``end`` or ``off``; what the recipe says, or ``each``, when None.
         strict: A pass that fails its validation is an error; what the recipe says, or False, when None.
         seed: Seed of everything random; what the recipe says, or 0, when None.
@@ -150,6 +152,7 @@ def optimize(
         UserError: An unknown recipe, pass or option, or inputs that do not run.
         PassError: A pass failed and ``strict`` is set.
     """
+    from mmopt.analysis.calibration import GIVEN, RANDOM, made_up
     from mmopt.pipeline.manager import PassManager
 
     chosen = choose_recipe(level, precision, recipe, passes)
@@ -157,6 +160,11 @@ def optimize(
     result = module.clone()
     if chosen_precision(chosen, precision) in NARROW:
         _note_arithmetic(result, target, chosen_precision(chosen, precision))
+    if isinstance(samples, str):
+        samples, samples_from = made_up(result, settings["seed"]), RANDOM
+        result.remark("calibration", "note", "", "the calibration samples were made up: accuracy is left to chance")
+    else:
+        samples_from = GIVEN
     manager = PassManager(
         chosen.phases,
         validate=settings["validate"],
@@ -164,6 +172,7 @@ def optimize(
         seed=settings["seed"],
         inputs=inputs,
         samples=samples,
+        samples_from=samples_from,
         dump_dir=None if dump_dir is None else pathlib.Path(dump_dir),
         target=target,
         progress=progress,
@@ -220,6 +229,11 @@ def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
 
     if precision == "fp32":
         return ()
+    if precision == "int8":
+        from mmopt.transforms.quantize import QuantizeStatic
+
+        taken = any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes)
+        return () if taken else (QuantizeStatic(),)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)
@@ -227,7 +241,7 @@ def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
         return ()
     raise UserError(
         f"no pass here brings the precision {precision!r}",
-        hint="fp32, bf16 and fp16 work by themselves; others need a recipe that brings them",
+        hint="fp32, bf16, fp16 and int8 work by themselves; others need a recipe that brings them",
     )
 
 

@@ -12,7 +12,6 @@ from mmopt.errors import UserError
 
 if TYPE_CHECKING:
     from mmopt.analysis.calibration import Calibration
-    from mmopt.ir.module import Module
 
 app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
@@ -73,7 +72,7 @@ def _collect(
     model: str | None, calib: str | None, gram: list[str], count: int, seed: int, trust_code: bool, show: Output
 ) -> Calibration:
     import mmopt
-    from mmopt.analysis.calibration import GIVEN, RANDOM, collect
+    from mmopt.analysis.calibration import GIVEN, RANDOM, collect, made_up
     from mmopt.loading import load_samples
 
     if model is None or calib is None:
@@ -83,20 +82,10 @@ def _collect(
     original = mmopt.load(model, trust_code=trust_code)
     module = mmopt.optimize(original, level=1).module
     if calib == MADE_UP:
-        samples, source = made_up(module, count, seed), RANDOM
+        samples, source = made_up(module, seed, count), RANDOM
     else:
         samples, source = load_samples(pathlib.Path(calib), original), GIVEN
     return collect(module, samples, gram=gram, source=source, progress=_progress(show))
-
-
-def made_up(module: Module, count: int, seed: int) -> dict[str, Any]:
-    """``count`` legal samples that mean nothing, all of the same shapes."""
-    import numpy as np
-
-    from mmopt.analysis.probes import probe_inputs
-
-    sets = [probe_inputs(module, seeds=[seed + number])[0] for number in range(count)]
-    return {name: np.stack([feeds[name] for feeds in sets]) for name in sets[0]}
 
 
 def _progress(show: Output) -> Any:

@@ -37,10 +37,13 @@ def optimize(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(metavar="fp32|bf16|fp16", help="Format of weights and of what products, convolutions, … read."),
+        typer.Option(
+            metavar="fp32|bf16|fp16|int8", help="Format of weights and of what products, convolutions, … read."
+        ),
     ] = None,
     calib: Annotated[
-        pathlib.Path | None, typer.Option(metavar="FILE.npz|DIR", help="Calibration samples; the leading axis counts.")
+        str | None,
+        typer.Option(metavar="FILE.npz|DIR|random", help="Calibration samples; the leading axis counts."),
     ] = None,
     inputs: Annotated[
         list[pathlib.Path] | None,

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from mmopt.analysis.probes import load_inputs, probe_inputs
 from mmopt.api import OptimizeResult, Tuning, choose_recipe, chosen_precision, compile, load
@@ -28,10 +28,15 @@ from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
+from mmopt.transforms.quantize import QuantizeDynamic, QuantizeStatic, QuantizeWeights
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
     from mmopt.pipeline.report import PipelineReport
+
+
+_LOSSY = ("calibration", NarrowFloats.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name)
+"""Whose remarks are shown on every run: what they say is part of the result."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Request:
     recipe: str | None
     passes: tuple[str, ...]
     precision: str | None
-    calib: pathlib.Path | None
+    calib: str | None
     inputs: tuple[pathlib.Path, ...]
     shapes: tuple[str, ...]
     modalities: tuple[str, ...]
@@ -114,7 +119,7 @@ class Job:
         load_profile(self._settings["target"])
         original = self._load()
         inputs = [load_inputs(path, original) for path in request.inputs] or None
-        samples = load_samples(request.calib, original) if request.calib else None
+        samples = _samples(request.calib, original)
         if dry:
             self._plan(original)
             return
@@ -138,8 +143,8 @@ class Job:
         for note in optimized.report.notes:
             show.say(note)
         for remark in optimized.module.remarks:
-            if remark.source == NarrowFloats.name:
-                show.say(f"{remark.node or 'precision'}: {remark.message}", level=0 if not remark.node else 1)
+            if remark.source in _LOSSY:
+                show.say(f"{remark.node or remark.source}: {remark.message}", level=0 if not remark.node else 1)
         outcome = self._write(original, optimized, inputs)
         self._tell(outcome, optimized.report)
 
@@ -346,6 +351,15 @@ def write_onnx(module: Module, output: pathlib.Path) -> int:
         for path in staged:
             os.replace(path, output.with_name(path.name))
     return size
+
+
+def _samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:
+    """What ``--calib`` stands for."""
+    if calib is None:
+        return None
+    if calib == "random":
+        return "random"
+    return load_samples(pathlib.Path(calib), module)
 
 
 def _emit(request: Request) -> str:

@@ -34,12 +34,14 @@ class PassContext:
         seed: Seed for anything random.
         inputs: Sample inputs by name, each with a leading axis of samples, when the user gave some.
         remarks: Where the pass leaves remarks; the manager moves them to the module (kept even on rollback).
+        samples_from: ``given`` when the inputs are the user's, ``random`` when they were made up on request.
     """
 
     target: str = ""
     seed: int = 0
     inputs: dict[str, np.ndarray] | None = None
     remarks: list[Remark] = dataclasses.field(default_factory=list)
+    samples_from: str = "given"
 
 
 def kebab_case(name: str) -> str:

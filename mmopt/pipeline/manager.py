@@ -64,6 +64,7 @@ class PassManager:
         seed: Seed of probes and of anything random in passes.
         inputs: Inputs to validate on, one set or several, each an array by input name; probes are made when None.
         samples: Calibration samples for passes that want some, by input name, each with a leading axis of samples.
+        samples_from: ``given``, or ``random`` when they were made up on request.
         dump_dir: Folder that gets the module as text before the first and after every pass; None writes nothing.
         target: Name of the target, for passes that ask.
         progress: Called before and after each pass.
@@ -82,6 +83,7 @@ class PassManager:
         seed: int = 0,
         inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         samples: dict[str, np.ndarray[Any, Any]] | None = None,
+        samples_from: str = "given",
         dump_dir: pathlib.Path | None = None,
         target: str = "",
         progress: Callable[[Progress], None] | None = None,
@@ -95,6 +97,7 @@ class PassManager:
         self.seed = seed
         self.inputs = [inputs] if isinstance(inputs, Mapping) else inputs
         self.samples = samples if samples is not None else _stack(self.inputs)
+        self.samples_from = samples_from
         self.dump_dir = dump_dir
         self.target = target
         self.progress = progress
@@ -243,10 +246,13 @@ class _Run:
 
     def _apply(self, pass_: Pass, work: Module, record: PassRecord) -> None:
         """Run ``pass_`` on ``work``; make it the current module when that is right."""
-        context = PassContext(self._manager.target, self._manager.seed, self._manager.samples, record.remarks)
+        manager = self._manager
+        context = PassContext(manager.target, manager.seed, manager.samples, record.remarks, manager.samples_from)
         started = time.perf_counter()
         try:
             claimed = pass_.run(work, context)
+        except UserError:  # what the user gave does not fit: going on without the pass would hide it
+            raise
         except Exception as error:  # a pass is foreign code: whatever it raises must not end the run
             raise Rejected(f"raised {_said(error)}") from error
         finally:

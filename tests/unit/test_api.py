@@ -85,7 +85,7 @@ def test_settings_come_from_the_call_then_the_recipe(model: pathlib.Path, tmp_pa
     ("arguments", "message"),
     [
         ({"level": 9}, "no level 9"),
-        ({"precision": "int8"}, "precision 'int8'"),
+        ({"precision": "int2"}, "precision 'int2'"),
         ({"passes": ["fold-constant"]}, "did you mean 'fold-constants'"),
         ({"recipe": "o8"}, "no recipe 'o8'"),
         ({"inputs": {"x": np.zeros((1, 15), np.float32)}}, "do not run"),

@@ -324,7 +324,7 @@ USAGE = [
     (["optimize", "{m}", "--recipe", "o7"], "there is no recipe 'o7'"),
     (["optimize", "{m}", "--pass", "fold-constant"], "did you mean 'fold-constants'"),
     (["optimize", "{m}", "--pass", "fold-constants{max_byte=1}"], "did you mean 'max_bytes'"),
-    (["optimize", "{m}", "--precision", "int8"], "precision 'int8'"),
+    (["optimize", "{m}", "--precision", "int2"], "precision 'int2'"),
     (["optimize", "{m}", "--emit", "onx"], "did you mean 'onnx'"),
     (["optimize", "{m}", "--emit", "artifact", "-o", "x.onnx"], "folder or a .zip"),
     (["optimize", "{m}", "--validate", "never"], "never"),

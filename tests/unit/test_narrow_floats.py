@@ -335,8 +335,8 @@ def test_a_recipe_may_ask_for_it_and_the_call_goes_before(tmp_path: pathlib.Path
     assert specs() == ["narrow-floats{format=fp16}"]
     assert specs(precision="bf16") == ["narrow-floats"]
     assert specs(precision="fp32") == []
-    with pytest.raises(UserError, match="no pass here brings the precision 'int8'"):
-        specs(precision="int8")
+    with pytest.raises(UserError, match="no pass here brings the precision 'int2'"):
+        specs(precision="int2")
 
 
 def test_a_recipe_that_has_the_pass_runs_it_once(tmp_path: pathlib.Path) -> None:

@@ -1,0 +1,9 @@
+"""Integers in place of floats, as standard pairs of QuantizeLinear and DequantizeLinear."""
+
+from __future__ import annotations
+
+from mmopt.transforms.quantize.quantize_dynamic import QuantizeDynamic
+from mmopt.transforms.quantize.quantize_static import QuantizeStatic
+from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
+
+__all__ = ["QuantizeDynamic", "QuantizeStatic", "QuantizeWeights"]

@@ -1,0 +1,123 @@
+"""Weights and activations in integers, with ranges from calibration.
+
+    y = MatMul(x, w)    →    y = MatMul(Dequantize(Quantize(x)), Dequantize(w'))        w' = w in int8
+
+Weights get one scale for each output channel, symmetric; activations one scale and zero point. A target with integer
+kernels computes the product of the integers themselves.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+from typing import ClassVar, Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from mmopt.analysis.calibration import Calibration, TensorStatistics, choose_range, collect, load
+from mmopt.errors import UserError
+from mmopt.ir.module import Module
+from mmopt.pipeline.base import Fidelity, Pass, PassContext
+from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
+from mmopt.transforms.quantize.layers import Layer, Selection, layers
+from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
+
+_DTYPES = {8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeStatic(Pass):
+    """Compute linear layers in integers: int8 weights, activations by their calibrated ranges.
+
+    Attributes:
+        stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
+        method: How ranges are chosen: ``minmax``, ``percentile``, ``mse`` or ``entropy``.
+        activation_bits: Bits of activations: 8, or 16 for layers that 8 are too few for.
+        kinds: Operators to quantize; all that have integer kernels when empty.
+        include: Patterns of names of nodes to quantize; all when empty.
+        exclude: Patterns of names of nodes to leave alone.
+        logits: Whether layers whose result leaves the model are quantized too.
+    """
+
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    stats: str = ""
+    method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    activation_bits: Literal[8, 16] = 8
+    kinds: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    logits: bool = False
+
+    def run(self, module: Module, context: PassContext) -> bool:
+        """Quantize what is selected; leave a remark for each layer that stays as it is.
+
+        Raises:
+            UserError: There is nothing to calibrate on.
+        """
+        if module.opset < (BLOCKED_OPSET if self.activation_bits == 16 else 13):
+            self.remark(context, "missed", "", f"opset {module.opset} is too old to quantize in")
+            return False
+        selection = Selection(self.kinds, self.include, self.exclude, self.logits)
+        chosen: dict[ir.Value, list[Layer]] = collections.defaultdict(list)
+        for layer in layers(module):
+            if reason := selection.refusal(layer):
+                self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
+            else:
+                chosen[layer.data].append(layer)
+        if not chosen:
+            return False
+        calibration = self._calibration(module, context)
+        quantizer = Quantizer(module.model)
+        done = collections.Counter[str]()
+        for value, group in chosen.items():
+            encoding = self._encoding(calibration.tensors.get(str(value.name)))
+            if encoding is None:
+                for layer in group:
+                    message = f"{layer.node.op_type} stays in float: no statistics of {value.name!r} in the calibration"
+                    self.remark(context, "missed", layer.name, message)
+                continue
+            quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
+            done.update(layer.node.op_type for layer in group)
+            for layer in group:
+                quantize_weight(quantizer, layer)
+        counted = ", ".join(f"{kind} ×{count}" for kind, count in done.most_common())
+        origin = f"{calibration.samples} {calibration.source} samples"
+        self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
+        return bool(done)
+
+    def _calibration(self, module: Module, context: PassContext) -> Calibration:
+        if self.stats:
+            return load(pathlib.Path(self.stats))
+        if context.inputs is None:
+            raise UserError(
+                "there is nothing to calibrate on",
+                where=self.name,
+                hint="give samples with --calib, or statistics of mmopt calibrate as the option stats",
+            )
+        return collect(module, context.inputs, source=context.samples_from)
+
+    def _encoding(self, statistics: TensorStatistics | None) -> Encoding | None:
+        if statistics is None or not statistics.count:
+            return None
+        low, high = choose_range(statistics, self.method, bits=self.activation_bits)
+        return encode(np.array(low), np.array(high), _DTYPES[self.activation_bits], symmetric=False)
+
+
+def quantize_weight(quantizer: Quantizer, layer: Layer) -> None:
+    """Store the weight of ``layer`` in int8, one symmetric scale for each output channel."""
+    tensor = tensor_of(layer.weight)
+    assert tensor is not None
+    data = np.asarray(tensor.numpy())
+    encoding = encode_weight(data, ir.DataType.INT8, layer.out_axis)
+    quantizer.constant(layer.weight, encoding.quantize(data), encoding, [layer.node])
+
+
+def _residuals(value: ir.Value, group: list[Layer]) -> list[ir.Node]:
+    """Sums that read ``value`` beside convolutions: they may read it quantized, so that it is stored once."""
+    if not all(is_onnx(layer.node, "Conv") for layer in group):
+        return []
+    return [user for user in dict.fromkeys(use.node for use in value.uses()) if is_onnx(user, "Add")]

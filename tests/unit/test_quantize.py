@@ -1,0 +1,238 @@
+"""Quantization passes: what they put into a model, how exact it stays in onnxruntime, and what they refuse."""
+
+from __future__ import annotations
+
+import pathlib
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as npst
+
+import mmopt
+from mmopt.analysis.calibration import collect, save
+from mmopt.cli import main
+from mmopt.errors import UserError
+from mmopt.ir.module import Module
+from mmopt.ir.verify import verify
+from mmopt.pipeline.base import Pass, PassContext
+from mmopt.transforms.quantize import QuantizeDynamic, QuantizeStatic, QuantizeWeights
+from mmopt.transforms.quantize.encoding import bounds, encode, encode_weight, squared_error
+from mmopt.transforms.quantize.layers import layers
+from tests.canonical import count_ops, evaluate, module_from, ops
+from tests.unit.test_rewrite import weights
+
+TYPES = [ir.DataType.INT8, ir.DataType.UINT8, ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.UINT16]
+
+
+class TestEncoding:
+    @pytest.mark.parametrize("dtype", TYPES)
+    @pytest.mark.parametrize("symmetric", [False, True])
+    @given(values=npst.arrays(np.float32, 20, elements=st.floats(-1000, 1000, width=32)))
+    def test_what_lies_in_the_range_is_off_by_half_a_step(
+        self, dtype: ir.DataType, symmetric: bool, values: np.ndarray
+    ) -> None:
+        encoding = encode(values.min(), values.max(), dtype, symmetric=symmetric)
+        integers = encoding.quantize(values)
+        assert integers.min() >= bounds(dtype)[0]
+        assert integers.max() <= bounds(dtype)[1]
+        error = np.abs(encoding.dequantize(integers) - values)
+        # The zero point is rounded too, which can cost the ends of an asymmetric range half a step more.
+        assert error.max() <= encoding.scale * (0.501 if symmetric else 1.001) + 1e-6
+        assert encoding.dequantize(encoding.quantize(np.zeros(1))) == 0
+
+    def test_integers_are_those_of_onnxruntime(self) -> None:
+        module = module_from(
+            """g (float[64] x) => (float[64] y) <float s = {0.037}, uint8 z = {117}>
+            { q = QuantizeLinear(x, s, z) y = DequantizeLinear(q, s, z) }"""
+        )
+        x = np.linspace(-6, 6, 64, dtype=np.float32)
+        encoding = encode(np.array(-0.037 * 117), np.array(0.037 * 138), ir.DataType.UINT8, symmetric=False)
+        np.testing.assert_allclose(encoding.scale, 0.037, rtol=1e-6)
+        expected = evaluate(module, {"x": x})["y"]
+        np.testing.assert_allclose(encoding.dequantize(encoding.quantize(x)), expected, atol=1e-6)
+
+    @pytest.mark.parametrize("block", [0, 8, 5])
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_channels_and_blocks(self, axis: int, block: int) -> None:
+        weight = np.random.default_rng(0).standard_normal((24, 16)).astype(np.float32)
+        weight[3] *= 100
+        encoding = encode_weight(weight, ir.DataType.INT8, axis, block=block)
+        error = np.abs(encoding.dequantize(encoding.quantize(weight)) - weight)
+        scale, _ = encoding._spread(weight.shape)
+        assert (error <= 0.501 * scale).all()
+        count = weight.shape[axis] if not block else -(-weight.shape[axis] // block)
+        assert encoding.scale.shape[axis if block else 0] == count
+
+
+def mlp(seed: int = 0) -> Module:
+    text = """a = MatMul(x, w) b = Add(a, c) h = Gelu(b) d = MatMul(h, v) e = LayerNormalization(d, g, f)
+              y = Gemm(e, o)"""
+    inputs = "float[4,32] x, float[32,64] w, float[64] c, float[64,32] v, float[32] g, float[32] f, float[32,8] o"
+    module = module_from(f"g ({inputs}) => (float[4,8] y) {{ {text} }}", opset=21)
+    for number, node in enumerate(module.graph):
+        node.name = f"{node.op_type}_{number}"
+    module = weights(module, w=(32, 64), c=(64,), v=(64, 32), g=(32,), f=(32,), o=(32, 8))
+    mixed = np.random.default_rng(seed)
+    for name in ("w", "v", "o"):
+        value = module.graph.initializers[name]
+        shape = value.const_value.shape.numpy()  # type: ignore[union-attr]
+        value.const_value = ir.tensor(mixed.standard_normal(shape).astype(np.float32) / 6, name=name)
+    return module
+
+
+def feeds(seed: int = 1, count: int = 4) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((count, 4, 32)).astype(np.float32)
+
+
+def error(module: Module, reference: Module) -> float:
+    """Root mean square error, of the root mean square of the reference."""
+    x = {"x": feeds(7)[0]}
+    got, want = evaluate(module, x)["y"], evaluate(reference, x)["y"]
+    return float(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
+
+
+def quantized(pass_: Pass, module: Module | None = None, *, samples: bool = True) -> tuple[Module, PassContext]:
+    module = mlp() if module is None else module
+    context = PassContext(inputs={"x": feeds()} if samples else None)
+    assert pass_.run(module, context) is True
+    assert [problem for problem in verify(module) if problem.severity == "error"] == []
+    return module, context
+
+
+class TestStatic:
+    def test_layers_read_and_hold_integers(self) -> None:
+        module, context = quantized(QuantizeStatic())
+        counts = count_ops(module)
+        assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (2, 4)
+        kinds = {v.name: v.dtype for v in module.graph.initializers.values() if v.uses()}
+        assert kinds["w_quantized"] == ir.DataType.INT8
+        assert [remark.node for remark in context.remarks if remark.kind == "missed"] == ["Gemm_5"]
+        assert "its result leaves the model" in context.remarks[0].message
+        assert "4 given samples" in context.remarks[-1].message
+        assert error(module, mlp()) < 0.03
+
+    def test_sixteen_bits_are_closer_than_eight(self) -> None:
+        eight, _ = quantized(QuantizeStatic())
+        sixteen, _ = quantized(QuantizeStatic(activation_bits=16))
+        assert error(sixteen, mlp()) < error(eight, mlp())
+
+    def test_selection_by_name_and_kind(self) -> None:
+        module, context = quantized(QuantizeStatic(exclude=("MatMul_0",)))
+        assert count_ops(module)["QuantizeLinear"] == 1
+        assert any("excluded" in remark.message for remark in context.remarks)
+        module, _ = quantized(QuantizeStatic(include=("Gemm*",), logits=True))
+        assert count_ops(module)["QuantizeLinear"] == 1
+        assert QuantizeStatic(kinds=("Conv",)).run(mlp(), PassContext(inputs={"x": feeds()})) is False
+
+    def test_a_value_that_several_layers_read_is_quantized_once(self) -> None:
+        body = "a = MatMul(x, w) b = MatMul(x, v) c = Add(a, b) y = Exp(c)"
+        text = f"g (float[4,32] x, float[32,16] w, float[32,16] v) => (float[4,16] y) {{ {body} }}"
+        module = weights(module_from(text), w=(32, 16), v=(32, 16))
+        module, _ = quantized(QuantizeStatic(), module)
+        assert ops(module).count("QuantizeLinear") == 1
+
+    def test_residual_sums_of_convolutions_read_integers_too(self) -> None:
+        text = """g (float[1,16,6,6] x, float[16,16,3,3] w, float[16,16,3,3] v) => (float[1,16,6,6] y) {
+          r = Relu(x) a = Conv<pads = [1, 1, 1, 1]>(r, w) b = Add(a, r) y = Exp(b) }"""
+        module = weights(module_from(text), w=(16, 16, 3, 3), v=(16, 16, 3, 3))
+        context = PassContext(inputs={"x": np.random.default_rng(0).random((2, 1, 16, 6, 6)).astype(np.float32)})
+        assert QuantizeStatic().run(module, context)
+        (add,) = (node for node in module.graph if node.op_type == "Add")
+        assert add.inputs[1] is not None
+        assert add.inputs[1].producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
+
+    def test_statistics_from_a_file_give_the_same_model(self, tmp_path: pathlib.Path) -> None:
+        from mmopt.ir.fingerprint import fingerprint
+
+        save(collect(mlp(), {"x": feeds()}), tmp_path / "a.stats")
+        from_file = mlp()
+        assert QuantizeStatic(stats=str(tmp_path / "a.stats")).run(from_file, PassContext())
+        assert fingerprint(from_file.model) == fingerprint(quantized(QuantizeStatic())[0].model)
+
+    def test_nothing_to_calibrate_on_is_an_error_that_ends_the_run(self) -> None:
+        with pytest.raises(UserError, match="nothing to calibrate on"):
+            QuantizeStatic().run(mlp(), PassContext())
+        with pytest.raises(UserError, match="nothing to calibrate on"):
+            mmopt.optimize(mlp(), precision="int8")
+
+    def test_precision_int8(self) -> None:
+        result = mmopt.optimize(mlp(), precision="int8", samples={"x": feeds()})
+        assert error(result.module, mlp()) < 0.03
+        assert [record.status for record in result.report.passes if record.name == "quantize-static"] == ["applied"]
+
+    def test_made_up_samples_are_said_to_be(self) -> None:
+        result = mmopt.optimize(mlp(), precision="int8", samples="random")
+        messages = [remark.message for remark in result.module.remarks]
+        assert any("made up" in message for message in messages)
+        assert any("16 random samples" in message for message in messages)
+
+
+class TestDynamic:
+    def test_ranges_are_found_at_run_time(self) -> None:
+        module, _ = quantized(QuantizeDynamic(), samples=False)
+        assert count_ops(module)["DynamicQuantizeLinear"] == 2
+        assert error(module, mlp()) < 0.03
+
+
+class TestWeights:
+    @pytest.mark.parametrize("symmetric", [False, True])
+    @pytest.mark.parametrize(("bits", "block", "bound"), [(8, 0, 0.01), (8, 16, 0.01), (4, 16, 0.12), (4, 0, 0.16)])
+    def test_only_weights_change(self, bits: int, block: int, bound: float, symmetric: bool) -> None:
+        pass_ = QuantizeWeights(bits=bits, block=block, symmetric=symmetric)  # type: ignore[arg-type]
+        module, context = quantized(pass_, samples=False)
+        assert count_ops(module)["DequantizeLinear"] == 2
+        assert "QuantizeLinear" not in count_ops(module)
+        assert error(module, mlp()) < bound
+        assert f"2 weights in int{bits}" in context.remarks[-1].message
+
+    def test_blocks_are_closer_than_channels(self) -> None:
+        blocks, _ = quantized(QuantizeWeights(bits=4, block=8), samples=False)
+        channels, _ = quantized(QuantizeWeights(bits=4), samples=False)
+        assert error(blocks, mlp()) < error(channels, mlp())
+
+    def test_clipping_extremes_lessens_the_error(self) -> None:
+        layer = next(layers(mlp()))
+        weight = np.random.default_rng(0).standard_normal((32, 64)).astype(np.float32)
+        searched, plain = (QuantizeWeights(bits=4, search=s).encoding(weight, layer) for s in (True, False))
+        assert squared_error(weight, searched) < 0.95 * squared_error(weight, plain)
+
+    def test_old_opset_is_left_alone(self) -> None:
+        text = "g (float[4,32] x, float[32,16] w) => (float[4,16] y) { a = MatMul(x, w) y = Exp(a) }"
+        module = weights(module_from(text, opset=18), w=(32, 16))
+        context = PassContext()
+        assert QuantizeWeights(bits=4).run(module, context) is False
+        assert "too old" in context.remarks[0].message
+
+
+class TestArtifact:
+    """Whole runs: quantized, compiled and compared with onnxruntime on the quantized model."""
+
+    @pytest.mark.parametrize(
+        "pass_",
+        [QuantizeStatic(), QuantizeDynamic(), QuantizeWeights(bits=8), QuantizeWeights(bits=4, block=16)],
+        ids=lambda p: p.spec(),
+    )
+    def test_artifact_computes_what_the_quantized_model_says(self, pass_: Pass, tmp_path: pathlib.Path) -> None:
+        result = mmopt.optimize(mlp(), passes=[pass_], samples={"x": feeds()})
+        built = mmopt.compile(result.module, output=tmp_path / "a.mmopt", reference=result.module)
+        session = mmopt.load_artifact(tmp_path / "a.mmopt")
+        x = {"x": feeds(3)[0]}
+        want = evaluate(result.module, x)["y"]
+        np.testing.assert_allclose(session.run(x)["y"], want, atol=2e-2 * np.abs(want).max())
+        segments = [segment for entry in built.manifest.entries.values() for segment in entry.segments]
+        assert {segment.kind for segment in segments} == {"native"}
+
+    def test_command(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        ir.save(mlp().model, tmp_path / "m.onnx")
+        np.savez(tmp_path / "x.npz", x=feeds(count=8))
+        arguments = ["optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "a.mmopt"), "--precision", "int8"]
+        assert main.run(arguments) == 2
+        assert "nothing to calibrate on" in capsys.readouterr().err
+        assert not (tmp_path / "a.mmopt").exists()
+        assert main.run([*arguments, "--calib", str(tmp_path / "x.npz")]) == 0
+        assert main.run([*arguments[:-2], "--precision", "int8", "--calib", "random"]) == 0
+        assert "made up" in capsys.readouterr().err
+        assert '"calib": "random"' in (tmp_path / "a.mmopt" / "manifest.json").read_text()
