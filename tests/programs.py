@@ -13,6 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions, compile_module
 from mmopt.pipeline.base import PassContext
@@ -86,13 +87,13 @@ class Programs:
     """Models compiled together for one profile, each an entry point of its own; weights lie in ``memory`` if given."""
 
     def __init__(
-        self, modules: Sequence[Module], profile: str, *, threads: int = 2, memory: Memory | None = None
+        self, modules: Sequence[Module], profile: str | Profile, *, threads: int = 2, memory: Memory | None = None
     ) -> None:
         names = [f"entry{n}" for n in range(len(modules))]
         first, *others = modules
         self._program = compile_module(
             first,
-            profiles()[profile],
+            profile if isinstance(profile, Profile) else profiles()[profile],
             entries=dict(zip(names[1:], others, strict=True)),
             options=CompileOptions(allow_fallback=False),
         )
@@ -131,7 +132,7 @@ def grouped(model: onnx.ModelProto) -> Module:
 
 def wrong_answers(
     examples: Sequence[Example],
-    profile: str,
+    profile: str | Profile,
     tolerance: float | None = None,
     *,
     prepare: Callable[[onnx.ModelProto], Module] = lambda model: Module(ir.from_proto(model)),

@@ -12,6 +12,8 @@ from mmopt.backends.compute import SUM, Map, Reduction
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops import products
 from mmopt.lowering.ops.casting import saturated
+from mmopt.lowering.ops.conv import geometry
+from mmopt.lowering.ops.conv_narrow import IntegerSums, integer_sums
 from mmopt.lowering.ops.elementwise import accumulator, broadcast_index, broadcast_shape
 from mmopt.lowering.ops.extents import i64, known
 from mmopt.lowering.ops.pooling import placed, windows_of
@@ -44,6 +46,20 @@ def rounded(x: Expr, scale: Expr, zero: Expr | None, dtype: str, bits: int | Non
     return saturated(quotient if zero is None else quotient + zero.astype(wide), dtype, bits)
 
 
+def _each(node: OpNode, data: Value, dtype: str, rule: Callable[[Expr, Sequence[Expr]], Expr], name: str) -> Value:
+    """``rule`` of each element and its index, in the layout that ``data`` is in."""
+    tensor, blocked = node.context.tensor(data), data.blocked
+    if blocked is None:
+        return Value(Map(data.shape, dtype, lambda *at: rule(tensor[at], at), name), name=node.name)
+    lanes = blocked.shape[-1]
+
+    def body(*at: Expr) -> Expr:
+        n, c, *space, lane = at
+        return rule(blocked[at], (n, c * lanes + lane, *space))
+
+    return Value.in_blocks(Map(blocked.shape, dtype, body, name), node.name)
+
+
 @lowers("QuantizeLinear")
 def quantize_linear(node: OpNode) -> Value:
     """Floats as integers of a step and a zero point."""
@@ -55,14 +71,12 @@ def quantize_linear(node: OpNode) -> Value:
         raise NotLowered(f"quantization to {dtype}")
     step = parameter(node, scale, data)
     offset = parameter(node, zero, data) if zero is not None else None
-    node.context.tensor(data)
     wide = "float64" if data.dtype == "float64" else "float32"
 
-    def body(*at: Expr) -> Expr:
-        x = data.tensor[at].astype(wide)
-        return rounded(x, step(at).astype(wide), offset(at) if offset is not None else None, dtype, bits)
+    def rule(x: Expr, at: Sequence[Expr]) -> Expr:
+        return rounded(x.astype(wide), step(at).astype(wide), offset(at) if offset is not None else None, dtype, bits)
 
-    made = Value(Map(data.shape, dtype, body, "quantize"), name=node.name)
+    made = _each(node, data, dtype, rule, "quantize")
     made.bits = bits
     return made
 
@@ -75,11 +89,9 @@ def dequantize_linear(node: OpNode) -> Value:
     dtype = dtype_name(ir.DataType(chosen)) if chosen else scale.dtype
     step = parameter(node, scale, data)
     offset = parameter(node, zero, data) if zero is not None else None
-    node.context.tensor(data)
     wide = accumulator(scale.dtype)
 
-    def body(*at: Expr) -> Expr:
-        x = data.tensor[at]
+    def rule(x: Expr, at: Sequence[Expr]) -> Expr:
         if offset is None:
             return (x.astype(wide) * step(at).astype(wide)).astype(dtype)
         difference = (
@@ -89,7 +101,7 @@ def dequantize_linear(node: OpNode) -> Value:
         )
         return (difference.astype(wide) * step(at).astype(wide)).astype(dtype)
 
-    made = Value(Map(data.shape, dtype, body, "dequantize"), name=node.name)
+    made = _each(node, data, dtype, rule, "dequantize")
     if not node.attr("block_size", 0) or scale.ndim == data.ndim:
         axis = node.attr("axis", 1) % max(data.ndim, 1)
         made.quantized = Quantized(data, scale, zero, axis, node.attr("block_size", 0))
@@ -192,6 +204,12 @@ def _only_integers(dtype: str) -> None:
         raise NotLowered(f"a quantized product of {dtype}")
 
 
+def _sums_of(node: OpNode, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None) -> IntegerSums | None:
+    """A convolution of centred bytes by dot-product instructions, where there are some for it."""
+    shape = geometry(node, x.shape[2:], static_shape(w.shape[2:], "the filter"))
+    return integer_sums(node, x, w, x_zero, w_zero, node.attr("group", 1), shape)
+
+
 def integer_convolution(node: OpNode, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None) -> Value:
     """Convolution of centred 8-bit tensors in 32 bits; padding counts as the zero point."""
     for value in (x, w, x_zero, w_zero):
@@ -217,6 +235,9 @@ def integer_convolution(node: OpNode, x: Value, w: Value, x_zero: Value | None, 
 @lowers("ConvInteger")
 def conv_integer(node: OpNode) -> Value:
     """Convolution of 8-bit tensors in 32 bits."""
+    sums = _sums_of(node, node.input(0), node.input(1), node.optional(2), node.optional(3))
+    if sums is not None:
+        return sums.finished(node, "int32", None)
     return integer_convolution(node, node.input(0), node.input(1), node.optional(2), node.optional(3))
 
 
@@ -225,18 +246,21 @@ def qlinear_conv(node: OpNode) -> Value:
     """Convolution of quantized tensors, quantized again."""
     x, x_scale, x_zero, w, w_scale, w_zero, y_scale, y_zero = (node.input(n) for n in range(8))
     bias = node.optional(8)
-    sums = integer_convolution(node, x, w, x_zero, w_zero)
     _only_integers(y_zero.dtype)
     for value in (x_scale, w_scale, y_scale, y_zero, bias):
         if value is not None:
             node.context.tensor(value)
 
-    def body(*at: Expr) -> Expr:
-        total = sums.tensor[at]
+    def requantized(total: Expr, channel: Expr) -> Expr:
+        at = (i64(0), channel)
         if bias is not None:
-            total = total + bias.tensor[at[1]]
+            total = total + bias.tensor[channel]
         factor = _at(x_scale, at, 1) * _at(w_scale, at, 1) / _at(y_scale, at, 1)
         quotient = tirx.nearbyint(total.astype("float32") * factor)
         return saturated(quotient + _at(y_zero, at, 1).astype("float32"), y_zero.dtype)
 
-    return Value(Map(sums.shape, y_zero.dtype, body, "quantize"), name=node.name)
+    sums = _sums_of(node, x, w, x_zero, w_zero)
+    if sums is not None:
+        return sums.finished(node, y_zero.dtype, requantized)
+    plain = integer_convolution(node, x, w, x_zero, w_zero).tensor
+    return Value(Map(plain.shape, y_zero.dtype, lambda *at: requantized(plain[at], at[1]), "quantize"), name=node.name)

@@ -1,0 +1,310 @@
+"""Convolutions of bfloat16 and of quantized values: exact where sums are integers, on every instruction set at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper
+
+from mmopt.backends.cpu.dot import dot_for
+from mmopt.backends.cpu.kernels.conv import Window
+from mmopt.backends.cpu.kernels.conv_dot import Shape, Walk, block_of, candidates
+from mmopt.backends.profile import Profile, load_profile
+from mmopt.ir.module import Module
+from mmopt.pipeline.base import PassContext
+from mmopt.runtime.cpu import missing_features, running_features
+from mmopt.transforms.canonicalize import InferShapes
+from mmopt.transforms.fuse.fuse_groups import FuseGroups
+from mmopt.transforms.precision import NarrowFloats
+from tests.kernels import WIDEST, profiles
+from tests.programs import Example, Programs, grouped, model_of, wrong_answers
+from tests.unit import test_kernel_conv
+from tests.unit.test_kernel_conv import Geometry, convolved
+
+LEVELS = ["x86-64-v3", "skylake-avx512", "icelake", "znver4", "sapphirerapids"]
+QUICK = profiles()[WIDEST].name
+
+
+def level(name: str) -> Profile:
+    profile = load_profile(name)
+    if missing := missing_features(profile.features, running_features()):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    return profile
+
+
+ANY_LEVEL = [pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in LEVELS]
+
+
+def check(examples: Sequence[Example], profile: Profile, tolerance: float, prepare: object = grouped) -> None:
+    wrong = wrong_answers(examples, profile, tolerance, prepare=prepare)  # type: ignore[arg-type]
+    assert not wrong, f"{len(wrong)} of {len(examples)} models on {profile.name}:\n" + "\n".join(wrong)
+
+
+def geometries() -> list[Geometry]:
+    """Everything the float32 template is tested on, and shapes that AMX tiles, phases and segments make special."""
+    made = [*test_kernel_conv.ranks(), *test_kernel_conv.channels(), *test_kernel_conv.groups()]
+    known = [eval(e.name, {"Geometry": Geometry}) for e in made]
+    return [
+        *known,
+        Geometry((1, 64, 14, 14), (64, 64, 1, 1)),
+        Geometry((1, 64, 15, 13), (64, 64, 3, 3), pads=(1, 1, 1, 1)),
+        Geometry((2, 64, 9, 9), (96, 64, 3, 3), strides=(2, 2), pads=(1, 1, 1, 1)),
+        Geometry((1, 64, 15, 14), (128, 64, 1, 1), strides=(2, 2)),
+        Geometry((1, 64, 9, 9), (32, 64, 1, 1), strides=(2, 2), pads=(1, 1, 1, 1)),
+        Geometry((1, 32, 11, 12), (32, 32, 3, 3), strides=(3, 2), dilations=(2, 1), pads=(2, 1, 0, 3)),
+        Geometry((2, 32, 21), (32, 32, 5), strides=(4,), dilations=(3,), pads=(3, 2)),
+        Geometry((1, 64, 13, 12), (64, 16, 3, 3), strides=(2, 2), pads=(1, 1, 1, 1), groups=4),
+        Geometry((1, 128, 5, 6), (128, 4, 3, 3), groups=32),
+        Geometry((1, 100, 9), (10, 100, 3)),
+        Geometry((1, 40, 6, 7), (72, 40, 2, 2), dilations=(2, 3)),
+        Geometry((1, 3, 30, 30), (64, 3, 7, 7), strides=(2, 2), pads=(3, 3, 3, 3)),
+        Geometry((1, 8, 5, 6, 7), (24, 8, 3, 3, 3), pads=(1,) * 6),
+    ]
+
+
+# -- bfloat16 --------------------------------------------------------------------------------------------------
+
+
+def narrowed(model: onnx.ModelProto) -> Module:
+    """``model`` with its convolution in bfloat16, as ``--precision bf16`` makes it."""
+    module = Module(ir.from_proto(model))
+    InferShapes().run(module, PassContext())
+    assert NarrowFloats().run(module, PassContext())
+    FuseGroups().run(module, PassContext())
+    return module
+
+
+def rounded_example(g: Geometry) -> Example:
+    """A float32 model with the answer that rounded operands give."""
+    made = test_kernel_conv.example(g)
+    weights = {t.name: onnx.numpy_helper.to_array(t) for t in made.model.graph.initializer}
+    x, w = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (made.feeds["x"], weights["w"]))
+    return dataclasses.replace(made, want=[convolved(g, x, w, weights.get("bias"))])
+
+
+@pytest.mark.parametrize("name", ANY_LEVEL)
+def test_bfloat16_against_float64_of_the_rounded_operands(name: str) -> None:
+    # Sums of up to 800 products, each rounded to float32: some units in the last place of the largest result.
+    check([rounded_example(g) for g in geometries() if g.dtype == "float32"], level(name), 2e-6, narrowed)
+
+
+def test_the_template_is_used() -> None:
+    examples = [rounded_example(Geometry((1, 64, 8, 8), (64, 64, 3, 3), pads=(1, 1, 1, 1)))]
+    assert "conv_bf16" in Programs([narrowed(e.model) for e in examples], level(QUICK)).templates
+
+
+# -- integers --------------------------------------------------------------------------------------------------
+
+
+def integers(g: Geometry, dtype: str, seed: int) -> np.ndarray:
+    info = np.iinfo(dtype)
+    shape = g.x if seed == 0 else g.w
+    return np.random.default_rng(seed).integers(info.min, info.max, shape, endpoint=True).astype(dtype)
+
+
+def exact(g: Geometry, x: np.ndarray, w: np.ndarray, x_zero: int, w_zero: np.ndarray | int) -> np.ndarray:
+    """Σ (x − x_zero)(w − w_zero) in integers: float64 holds them all."""
+    centred = w.astype(np.int64) - np.asarray(w_zero).reshape(-1, *[1] * (w.ndim - 1))
+    return convolved(g, x.astype(np.int64) - x_zero, centred, None).astype(np.int64)
+
+
+TYPES = {"int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
+
+
+def integer_model(
+    g: Geometry, nodes: Sequence[onnx.NodeProto], x: np.ndarray, weights: dict[str, np.ndarray], output: int
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TYPES[str(x.dtype)], x.shape)],
+        [helper.make_tensor_value_info("y", output, None)],
+        [onnx.numpy_helper.from_array(np.ascontiguousarray(a), n) for n, a in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
+
+
+def conv_integer(g: Geometry, kinds: tuple[str, str], x_zero: int, w_zero: int | None) -> Example:
+    x, w = integers(g, kinds[0], 0), integers(g, kinds[1], 1)
+    weights = {"w": w, "xz": np.array(x_zero, kinds[0])}
+    weights |= {} if w_zero is None else {"wz": np.array(w_zero, kinds[1])}
+    node = helper.make_node("ConvInteger", ["x", *weights], ["y"], **g.attributes())
+    model = integer_model(g, [node], x, weights, TensorProto.INT32)
+    want = exact(g, x, w, x_zero, w_zero or 0).astype(np.int32)
+    return Example(f"{g} {kinds} {x_zero} {w_zero}", model, {"x": x}, [want])
+
+
+@pytest.mark.parametrize("name", ANY_LEVEL)
+@pytest.mark.parametrize("kind", ["uint8", "int8"])
+def test_sums_of_integers_are_exact(name: str, kind: str) -> None:
+    """Padding counts as the zero point, so that nothing but a right correction gives the right sums at the border."""
+    zero = 117 if kind == "uint8" else -39
+    check([conv_integer(g, (kind, "int8"), zero, None) for g in geometries()], level(name), 0.0)
+
+
+def test_zero_points_of_filters() -> None:
+    g = Geometry((1, 32, 6, 7), (40, 32, 3, 3), pads=(1, 0, 1, 2))
+    examples = [conv_integer(g, ("uint8", "uint8"), 3, zero) for zero in (128, 127, 0, 255)]
+    check(examples, level(QUICK), 0.0)
+    templates = [Programs([grouped(e.model)], level(QUICK)).templates for e in examples]
+    assert ["conv_int8" in t for t in templates] == [True, False, False, False], "others do not fit into 8 bits"
+
+
+def dequantized(g: Geometry, *, per_channel: bool, bias: bool) -> Example:
+    """A QDQ convolution whose scales are powers of two, so that its result is exact in float32."""
+    x, w = integers(g, "uint8", 0), integers(g, "int8", 1) // 8
+    steps = np.float32(2.0) ** -np.random.default_rng(2).integers(3, 7, g.w[0] if per_channel else 1).astype(np.float32)
+    weights = {
+        "sx": np.float32(0.125),
+        "zx": np.array(101, np.uint8),
+        "w": w,
+        "sw": steps if per_channel else steps.reshape(()),
+        "zw": np.zeros_like(steps if per_channel else steps.reshape(()), np.int8),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "sx", "zx"], ["a"]),
+        helper.make_node("DequantizeLinear", ["w", "sw", "zw"], ["f"], axis=0),
+    ]
+    want = exact(g, x, w, 101, 0) * (0.125 * steps.astype(np.float64).reshape(-1, *[1] * g.rank))
+    if bias:
+        weights |= {"b": integers(dataclasses.replace(g, w=(g.w[0],)), "int8", 1).astype(np.int32)}
+        weights |= {"sb": 0.125 * weights["sw"]}
+        nodes.append(helper.make_node("DequantizeLinear", ["b", "sb"], ["c"], axis=0))
+        want = want + (weights["b"] * weights["sb"].astype(np.float64)).reshape(-1, *[1] * g.rank)
+    nodes.append(helper.make_node("Conv", ["a", "f", *(["c"] if bias else [])], ["y"], **g.attributes()))
+    model = integer_model(g, nodes, x, weights, TensorProto.FLOAT)
+    return Example(f"{g} per channel {per_channel} bias {bias}", model, {"x": x}, [want.astype(np.float32)])
+
+
+@pytest.mark.parametrize("name", ANY_LEVEL)
+def test_dequantized_operands(name: str) -> None:
+    shapes = [
+        Geometry((1, 64, 9, 9), (64, 64, 3, 3), pads=(1, 1, 1, 1)),
+        Geometry((2, 3, 12, 12), (32, 3, 3, 3), strides=(2, 2), pads=(1, 1, 1, 1)),
+        Geometry((1, 32, 6, 5), (32, 1, 3, 3), groups=32, pads=(1, 1, 1, 1)),
+        Geometry((1, 20, 7), (12, 20, 3), pads=(1, 0)),
+    ]
+    examples = [dequantized(g, per_channel=p, bias=b) for g in shapes for p in (False, True) for b in (False, True)]
+    check(examples, level(name), 0.0)
+
+
+def test_requantized() -> None:
+    g = Geometry((1, 32, 9, 9), (48, 32, 3, 3), pads=(1, 1, 1, 1))
+    x, w = integers(g, "uint8", 0), integers(g, "int8", 1)
+    steps = (0.002 + 0.0001 * np.arange(48)).astype(np.float32)
+    bias = np.random.default_rng(3).integers(-9000, 9000, 48).astype(np.int32)
+    weights = {"sx": np.float32(0.02), "zx": np.array(90, np.uint8), "w": w, "sw": steps, "zw": np.zeros(48, np.int8)}
+    weights |= {"sy": np.float32(0.31), "zy": np.array(120, np.uint8), "b": bias}
+    node = helper.make_node("QLinearConv", ["x", *weights], ["y"], **g.attributes())
+    model = integer_model(g, [node], x, weights, TensorProto.UINT8)
+    around = (-1, 1, 1)
+    scaled = (exact(g, x, w, 90, 0) + bias.reshape(around)) * (np.float32(0.02) * steps / np.float32(0.31)).reshape(
+        around
+    )
+    want = np.clip(np.rint(scaled) + 120, 0, 255).astype(np.uint8)
+    program = Programs([grouped(model)], level(QUICK))
+    (got,) = program.run(0, {"x": x})
+    assert "conv_int8" in program.templates
+    difference = np.abs(got.astype(int) - want)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3, "only halves that round either way"
+
+
+def residual_block() -> tuple[onnx.ModelProto, np.ndarray]:
+    """QDQ: convolution, ReLU, convolution plus the input, ReLU, pooling, convolution."""
+    scale, zero = {"s": np.float32(0.05), "z": np.array(128, np.uint8)}, np.zeros(64, np.int8)
+    weights: dict[str, np.ndarray] = {**scale, "zw": zero}
+    random = np.random.default_rng(5)
+    nodes: list[onnx.NodeProto] = []
+
+    def requantized(value: str) -> str:
+        nodes.append(helper.make_node("QuantizeLinear", [value, "s", "z"], [f"{value}_q"]))
+        nodes.append(helper.make_node("DequantizeLinear", [f"{value}_q", "s", "z"], [f"{value}_d"]))
+        return f"{value}_d"
+
+    def convolution(value: str, name: str, kernel: int) -> str:
+        weights[f"{name}_w"] = random.integers(-127, 128, (64, 64, kernel, kernel)).astype(np.int8)
+        weights[f"{name}_s"] = (0.0004 + 0.00001 * np.arange(64)).astype(np.float32)
+        weights[f"{name}_b"] = random.standard_normal(64).astype(np.float32)
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_w", f"{name}_s", "zw"], [f"{name}_f"], axis=0))
+        inputs = [value, f"{name}_f", f"{name}_b"]
+        nodes.append(helper.make_node("Conv", inputs, [name], pads=[kernel // 2] * 4, name=name))
+        return name
+
+    def relu(value: str) -> str:
+        nodes.append(helper.make_node("Relu", [value], [f"{value}_r"]))
+        return f"{value}_r"
+
+    start = requantized("x")
+    first = requantized(relu(convolution(start, "c0", 3)))
+    second = convolution(first, "c1", 1)
+    nodes.append(helper.make_node("Add", [second, start], ["sum"]))
+    pooled = requantized(relu("sum"))
+    nodes.append(helper.make_node("MaxPool", [pooled], ["p"], kernel_shape=[2, 2], strides=[2, 2]))
+    convolution(requantized("p"), "y", 3)
+    x = random.standard_normal((1, 64, 12, 12)).astype(np.float32) * 2
+    return model_of(nodes, {"x": x}, ["y"], weights), x
+
+
+def test_no_float_is_stored_between_quantized_neighbours() -> None:
+    model, x = residual_block()
+    module = grouped(model)
+    program = Programs([module], level(QUICK))
+    (got,) = program.run(0, {"x": x})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (want,) = session.run(None, {"x": x})
+    # A value between two steps may go either way and changes what follows by a step of its weight.
+    assert np.abs(got - want).max() < 0.02 * np.ptp(want)
+    assert program.templates.count("conv_int8") == 3
+    wide = [
+        (call.op_type, value.name)
+        for call in module.graph
+        for value in call.outputs
+        if value.dtype == ir.DataType.FLOAT and not value.is_graph_output()
+    ]
+    assert wide == []
+
+
+# -- choosing --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("uint8", "int8"), ("int8", "int8")])
+def test_segments_are_whole_steps(name: str, kinds: tuple[str, str]) -> None:
+    profile = load_profile(name)
+    dot = dot_for(profile, *kinds)
+    assert dot is not None
+    for channels in (1, 3, 4, 16, 20, 24, 32, 64, 100, 2048):
+        block = block_of(channels, dot)
+        assert block % dot.group == 0
+        assert channels % block == 0 or block >= channels
+        for kernel, dilation in ((1, 1), (3, 1), (7, 1), (3, 2)):
+            window = Window((kernel, kernel), (1, 1), (dilation, dilation))
+            walk = Walk.of(dot, block, window)
+            assert walk.length(window) % walk.dot.step == 0
+            assert walk.dot.step % dot.group == 0
+            assert not dot.tiled or walk.dot.step <= dot.step
+
+
+def test_small_images_are_walked_over_the_padding_and_wide_ones_in_lines() -> None:
+    profile = load_profile("sapphirerapids")
+    dot = dot_for(profile, "bfloat16", "bfloat16")
+    assert dot is not None
+    window = Window((3, 3), (1, 1), (1, 1))
+    small = candidates(profile, dot, Shape((9, 9), False, 512, 512, 1, window))
+    assert small[0]["merged"] == 2
+    assert {c["merged"] for c in small} == {1, 2}
+    assert all(c.cycles > 0 for c in small)
+    strided = Shape((16, 16), False, 512, 512, 1, Window((3, 3), (2, 2), (1, 1)))
+    assert {c["merged"] for c in candidates(profile, dot, strided)} == {1}
+    phased = dataclasses.replace(strided, split=True)
+    assert (phased.phases, phased.extents, phased.space) == ((2, 2), (8, 8), (7, 7))
+    assert candidates(profile, dot, phased)[0]["merged"] == 2
