@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
+from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopResult
+from mmopt.backends.cpu.kernels.tile import fetch
 from mmopt.backends.cpu.loops import i64, product, static
 from mmopt.backends.cpu.plan import trace
-from mmopt.backends.expressions import simplify
+from mmopt.backends.expressions import same, simplify
 
 PARALLEL_WORK = 1 << 18
 """Multiply-adds from which forking threads pays."""
@@ -67,3 +69,24 @@ SHORT_EPILOGUE = 8
 def long_epilogue(kernel: Any, result: LoopResult) -> bool:
     """Whether what follows ``result`` in the same kernel is so long that tiles should pass through memory."""
     return sum(trace(m, kernel.plan.stored).cost for m in kernel.plan.epilogues.get(result, [])) > SHORT_EPILOGUE
+
+
+def written_with(kernel: Any, result: LoopResult) -> list[Callable[..., Expr]]:
+    """How to read what lies at the place of ``result`` in each tensor of its shape and size that is stored or read
+    while its elements are consumed."""
+    maps = kernel.plan.epilogues.get(result, [])
+    stored = [t for t in (result, *maps) if t in kernel.plan.stored]
+    reads = [r.tensor for m in maps for r in trace(m, kernel.plan.stored).reads]
+    alike = [
+        t
+        for t in dict.fromkeys([*stored, *reads])
+        if t.dtype == result.dtype and t in kernel.places and len(t.shape) == len(result.shape)
+    ]
+    return [kernel.places[t].load for t in alike if all(map(same, t.shape, result.shape))]
+
+
+def spread(lines: int, rounds: Expr, number: Expr, element: Callable[[Expr], Expr]) -> list[Stmt]:
+    """Fetches of ``lines`` cache lines, divided among ``rounds`` of a loop: those of round ``number``."""
+    known = static(rounds)
+    each = 1 if known is None else -(-lines // known)
+    return [fetch(element(tirx.min(number * each + n, i64(lines - 1)))) for n in range(each)]

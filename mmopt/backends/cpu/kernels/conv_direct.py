@@ -16,23 +16,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor, index
-from mmopt.backends.cpu.kernels.conv import Window, kind_for, long_epilogue
+from mmopt.backends.cpu.kernels.conv import Window, kind_for, long_epilogue, spread, written_with
 from mmopt.backends.cpu.kernels.conv_patches import Patch
-from mmopt.backends.cpu.kernels.tile import RegisterTile, fetch, spans
-from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
+from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
+from mmopt.backends.cpu.loops import flat_index, i64, loop, product, seq, split_index, static, when
 from mmopt.backends.expressions import simplify
 
 STEPS = 4
 """Input channels in one round of the inner loop."""
-
-UNROLLED = 8
-"""Taps of a line up to which all are one round, where channels are not blocked."""
 
 
 class DirectConvolution(LoopNest):
@@ -87,35 +85,37 @@ class DirectConvolution(LoopNest):
         """Panels of one group."""
         return -(-(self.channels // self.groups) // self.patch.columns)
 
-    def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
-        """One parallel loop over panels of channels and pieces of lines."""
+    def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
+        """One parallel loop over parts of the positions × panels of channels × tiles of a part."""
         buffered = long_epilogue(kernel, self.output)
-        patch, count = self.patch, static(self.tiles)
-        piece = patch.piece if count is None else min(patch.piece, count)
-        pieces = simplify(tirx.floordiv(self.tiles + (piece - 1), i64(piece)))
-        places = (self.x.shape[0], *self.outer, self.strips, pieces)
-        panels = self.filters.shape[0]
+        written = written_with(kernel, self.output) if self.patch.ahead else []
+        places = (self.x.shape[0], *self.outer, self.strips, self.tiles)
+        count, panels, parts = simplify(product(places)), self.filters.shape[0], self.patch.parts
+        known = static(count)
+        parts = parts if known is None else min(parts, known)
+        each = simplify(tirx.floordiv(count + (parts - 1), i64(parts)))
 
         def task(flat: Expr) -> Stmt:
-            if patch.panels_first:
-                panel, image, *at, strip, number = split_index(flat, (panels, *places))
-            else:
-                image, *at, strip, number, panel = split_index(flat, (*places, panels))
-            return _Task(self, sinks[0], panel, image, tuple(at), strip, number * piece, piece, buffered).emit()
+            part, panel, number = split_index(flat, (i64(parts), panels, each))
+            place = simplify(part * each + number)
+            image, *outer, strip, tile = split_index(place, places)
+            run = _Tile(self, sinks[0], panel, image, tuple(outer), number, each, buffered, written)
+            emitted = run.emit(strip, tile)
+            return emitted if known is not None and known % parts == 0 else when(place < count, emitted)
 
-        total = simplify(product((*places, panels)))
+        total = simplify(panels * each * parts)
         return loop(total, task, kind_for(self.output.shape, self.filters.shape[1:-1]), "task")
 
 
 @dataclasses.dataclass
-class _Task:
-    """Some tiles of one strip of lines, for one panel of output channels.
+class _Tile:
+    """One register tile, for one panel of output channels.
 
     Attributes:
         outer: Position on all spatial axes but the last two.
-        strip: Number of the strip, of as many lines as a tile has.
-        first: Number of the first tile along the lines.
-        piece: Tiles along the lines.
+        number: Which tile of its part this is.
+        count: Tiles of the part.
+        written: Reads an element at the same place of each tensor that is written or read along with the results.
     """
 
     nest: DirectConvolution
@@ -123,10 +123,10 @@ class _Task:
     panel: Expr
     image: Expr
     outer: tuple[Expr, ...]
-    strip: Expr
-    first: Expr
-    piece: int
+    number: Expr
+    count: Expr
     buffered: bool
+    written: list[Callable[..., Expr]]
 
     def __post_init__(self) -> None:
         nest = self.nest
@@ -135,54 +135,43 @@ class _Task:
         first = self.group * (nest.channels // nest.groups) + number * nest.patch.columns
         self.first_block = simplify(tirx.floordiv(first, i64(nest.patch.lanes)))
 
-    def emit(self) -> Stmt:
-        """Whole panels, or the last of a group, which may be narrower."""
+    def emit(self, strip: Expr, tile: Expr) -> Stmt:
+        """A whole panel, or the last of a group, which may be narrower."""
         patch, each = self.nest.patch, self.nest.channels // self.nest.groups
         rest = each % patch.columns
         full = spans(patch.columns, patch.lanes)
         if not rest:
-            return self._strip(full)
-        last = self._strip(spans(rest, patch.lanes))
+            return self._lines(full, strip, tile)
+        last = self._lines(spans(rest, patch.lanes), strip, tile)
         if self.nest.per_group == 1:
             return last
         tail = tirx.floormod(self.panel, i64(self.nest.per_group)).equal(i64(self.nest.per_group - 1))
-        return when(tail, last, self._strip(full))
+        return when(tail, last, self._lines(full, strip, tile))
 
-    def _strip(self, used: list[int]) -> Stmt:
-        """Lines that fill a tile, or the last ones."""
+    def _lines(self, used: list[int], strip: Expr, tile: Expr) -> Stmt:
+        """Lines that fill the tile, or the last ones."""
         height, lines = self.nest.patch.height, self.nest.lines
-        start, total = self.strip * height, static(lines)
+        start, total = strip * height, static(lines)
         if height == 1 or (total is not None and total % height == 0):
-            return self._tiles(used, start, height)
-        full = self._tiles(used, start, height)
+            return self._columns(used, start, height, tile)
+        full = self._columns(used, start, height, tile)
         if total is None:
-            rest = loop(lines - start, lambda y: self._tiles(used, start + y, 1), name="y")
+            rest = loop(lines - start, lambda y: self._columns(used, start + y, 1, tile), name="y")
             return when(start + height <= lines, full, rest)
-        rest = self._tiles(used, start, total % height)
+        rest = self._columns(used, start, total % height, tile)
         return rest if total < height else when(start + height <= lines, full, rest)
 
-    def _tiles(self, used: list[int], line: Expr, height: int) -> Stmt:
-        """The piece of ``height`` lines from ``line`` on."""
+    def _columns(self, used: list[int], line: Expr, height: int, tile: Expr) -> Stmt:
+        """Positions that fill the tile, or the last ones."""
         step, width = self.nest.patch.width, self.nest.width
-        total = static(width)
-
-        def tile(number: Expr) -> Stmt:
-            return self._tile(used, line, height, (self.first + number) * step, step)
-
-        if total is not None and total <= self.piece * step:
-            full, rest = divmod(total, step)
-            last = self._tile(used, line, height, i64(full * step), rest) if rest else None
-            return seq(loop(full, tile, name="tile"), last)
-        whole = simplify(tirx.floordiv(width, i64(step)))
-        here = tirx.max(tirx.min(whole - self.first, i64(self.piece)), i64(0))
-        main = loop(simplify(here), tile, name="tile")
-        if total is not None and total % step == 0:
-            return main
-        start = whole * step
-        mine = tirx.all(self.first <= whole, whole < self.first + self.piece)
-        if total is not None:
-            return seq(main, when(mine, self._tile(used, line, height, start, total % step)))
-        return seq(main, when(tirx.all(mine, start < width), self._limited(used, line, height, start, width)))
+        start, total = tile * step, static(width)
+        full = self._sum(used, line, height, start, step)
+        if total is None:
+            return when(start + step <= width, full, self._limited(used, line, height, start, width))
+        if total % step == 0:
+            return full
+        rest = self._sum(used, line, height, start, total % step)
+        return rest if total < step else when(start + step <= width, full, rest)
 
     def _limited(self, used: list[int], line: Expr, height: int, start: Expr, limit: Expr) -> Stmt:
         """Positions left over when their number is known at run time only: a tile, or half of one if that is enough."""
@@ -190,7 +179,7 @@ class _Task:
         half = -(-step // 2)
 
         def lines(rows: int) -> Stmt:
-            return seq(*(self._tile(used, line + y, 1, start, rows, limit) for y in range(height)))
+            return seq(*(self._sum(used, line + y, 1, start, rows, limit) for y in range(height)))
 
         return when(start + half < limit, lines(step), lines(half)) if step > 2 else lines(step)
 
@@ -200,60 +189,93 @@ class _Task:
             return split_index(x, self.nest.space)
         return (*self.outer, y, x)[-len(self.nest.space) :]
 
-    def _tile(self, used: list[int], y: Expr, height: int, x: Expr, width: int, limit: Expr | None = None) -> Stmt:
+    def _sum(self, used: list[int], y: Expr, height: int, x: Expr, width: int, limit: Expr | None = None) -> Stmt:
         """The register tile at line ``y`` and position ``x``; positions from ``limit`` on are dropped."""
         nest, lanes = self.nest, self.nest.patch.lanes
-        taps = static(nest.depth[-1]) or 1
-        tile = RegisterTile(
-            nest.output.dtype,
-            height * width,
-            used,
-            lanes,
-            None if limit is None else limit - x,
-            self.buffered,
-            steps=STEPS if nest.block > 1 else taps if taps <= UNROLLED else 1,
-        )
+        left = None if limit is None else limit - x
+        steps = STEPS if nest.block > 1 else 1
+        tile = RegisterTile(nest.output.dtype, height * width, used, lanes, left, self.buffered, steps=steps)
 
         def at(i: Expr) -> tuple[Expr, Expr]:
             return (y, x + i) if height == 1 else (y + tirx.floordiv(i, i64(width)), x + tirx.floormod(i, i64(width)))
 
-        def a(i: Expr, c: Expr, *rest: Expr) -> Expr:
-            tap, inner = (rest[:-1], rest[-1:]) if nest.block > 1 else (rest, () if nest.plain else (i64(0),))
+        def a(i: Expr, *k: Expr) -> Expr:
             line, column = at(i)
-            where = nest.window.position(
-                self._place(line, column if limit is None else tirx.min(column, limit - 1)), tap
-            )
-            return nest.x[(self.image, self.group * nest.filters.shape[1] + c, *where, *inner)]
+            return self._input(line, column if limit is None else tirx.min(column, limit - 1), k)
 
         def b(n: Expr, v: Expr, *k: Expr) -> Expr:
             return self._filter(self.panel, k, n * lanes + v)
 
-        def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
-            return self.sink((self.image, self.first_block + n, *self._place(*at(i)), v), value)
+        def result(i: Expr, n: Expr, v: Expr) -> tuple[Expr, ...]:
+            return (self.image, self.first_block + n, *self._place(*at(i)), v)
 
-        number = self.strip * nest.tiles + tirx.floordiv(x, i64(nest.patch.width))
-        ahead = self._ahead(number, tile.steps) if nest.patch.ahead else None
-        return tile.emit(nest.depth, a, b, deliver, ahead=ahead)
+        def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
+            return self.sink(result(i, n, v), value)
+
+        def ahead(*k: Expr) -> Stmt:
+            further = (y, x + width) if height == 1 else (y + height, x)
+            return seq(
+                *(self._next_inputs(k, further, width) if nest.patch.inputs else ()),
+                *self._next_filters(k, tile.steps),
+                *self._results(k, tile.steps, lambda i, n: result(i, n, i64(0)), height * width, len(used)),
+            )
+
+        hook = ahead if nest.patch.ahead and nest.block > 1 and limit is None else None
+        return tile.emit(nest.depth, a, b, deliver, ahead=hook)
+
+    def _input(self, line: Expr, column: Expr, k: Sequence[Expr]) -> Expr:
+        nest = self.nest
+        c, *tap = k if nest.block == 1 else k[:-1]
+        inner = k[-1:] if nest.block > 1 else () if nest.plain else (i64(0),)
+        where = nest.window.position(self._place(line, column), tap)
+        return nest.x[(self.image, self.group * nest.filters.shape[1] + c, *where, *inner)]
 
     def _filter(self, panel: Expr, k: Sequence[Expr], column: Expr) -> Expr:
         inner = () if self.nest.block > 1 else (i64(0),)
         return self.nest.filters[(panel, *k, *inner, column)]
 
-    def _ahead(self, number: Expr, steps: int) -> Callable[..., Stmt]:
-        """Each tile fetches its share of the next panel of weights, while it uses the same place of its own."""
+    # -- what is fetched ahead: k are the indices of the depth but the last, and the round ----------------------
+
+    def _next_inputs(self, k: Sequence[Expr], start: tuple[Expr, Expr], width: int) -> list[Stmt]:
+        """The last line that the next tile reads, from the same block of channels."""
+        nest = self.nest
+        rounds = simplify(product(nest.depth[1:-1]) * (nest.block // STEPS))
+        number = flat_index(k[1:], (*nest.depth[1:-1], i64(nest.block // STEPS)))
+        last = [extent - 1 for extent in nest.depth[1:-1]]
+        y, x = start
+
+        def element(n: Expr) -> Expr:
+            return self._input(y, x + n, (k[0], *last[:-1], i64(0), i64(0)))
+
+        return spread(width, rounds, number, element)
+
+    def _next_filters(self, k: Sequence[Expr], steps: int) -> list[Stmt]:
+        """This tile's share of the next panel, at the place that is in use of its own panel.
+
+        The first tile's share touches all of the panel here and there, so that the hardware fetches the rest.
+        """
         patch = self.nest.patch
         apart = patch.vectors_of_a_line(self.nest.filters.dtype)
-        lines = [(s, v) for s in range(steps) for v in range(0, patch.vectors, apart)]
-        tiles = static(simplify(self.nest.strips * self.nest.tiles))
-        share = 1 if tiles is None else -(-len(lines) // tiles)
+        lines = steps * -(-patch.vectors // apart)
 
-        def fetches(*k: Expr) -> Stmt:
-            made = []
-            for n in range(share):
-                chosen = tirx.floormod(number * share + n, i64(len(lines)))
-                step, vector = split_index(chosen, (i64(steps), i64(len(lines) // steps)))
-                place = (*k[:-1], k[-1] * steps + step)
-                made.append(fetch(self._filter(self.panel + 1, place, vector * (apart * patch.lanes))))
-            return seq(*made)
+        def element(n: Expr) -> Expr:
+            step, vector = split_index(n, (i64(steps), i64(lines // steps)))
+            return self._filter(self.panel + 1, (*k[:-1], k[-1] * steps + step), vector * (apart * patch.lanes))
 
-        return fetches
+        return spread(lines, self.count, tirx.floormod(self.number, i64(lines)), element)
+
+    def _results(
+        self, k: Sequence[Expr], steps: int, place: Callable[[Expr, Expr], tuple[Expr, ...]], rows: int, vectors: int
+    ) -> list[Stmt]:
+        """Where results go to, and what is added to them on the way."""
+        extents = (*self.nest.depth[:-1], i64(self.nest.block // steps))
+        number = flat_index(k, extents)
+        made: list[Stmt] = []
+        for read in self.written:
+
+            def element(n: Expr, read: Callable[..., Expr] = read) -> Expr:
+                vector, row = split_index(n, (i64(vectors), i64(rows)))
+                return read(place(row, vector))
+
+            made += spread(rows * vectors, simplify(product(extents)), number, element)
+        return made

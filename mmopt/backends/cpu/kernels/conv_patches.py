@@ -6,13 +6,10 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 
-from mmopt.backends.cpu.choosing import UNKNOWN, Candidate, Workload, typical
+from mmopt.backends.cpu.choosing import Candidate, Workload, typical
 from mmopt.backends.cpu.kernels.tile import LINE, lanes_of
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
-
-WHOLE = 1 << 20
-"""Tiles in a task that has a whole line."""
 
 SHARED_BYTES = 7.0
 """Bytes a core gets from beyond its own caches in a cycle, when all cores ask."""
@@ -22,9 +19,6 @@ TILE_CYCLES = 24.0
 
 LOADS = 1.6
 """Loads in a cycle that tiles really get: some wait for lines that arrive from the second-level cache."""
-
-TASKS = 4
-"""Tasks for each core to aim for at least."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +30,18 @@ class Patch:
         width: Positions of a line.
         vectors: Vectors of output channels; they make up a panel of the packed weights.
         lanes: Lanes of a vector.
-        piece: Tiles of one line in a task.
-        panels_first: Whether tasks walk all positions before the next panel of weights, or all panels before the next
-            positions.
-        ahead: Whether the next panel is prefetched.
+        parts: Parts of the positions, in the order of tasks: all panels of weights walk one part before the next.
+        ahead: Whether the next panel, and memory for the results, are prefetched.
+        inputs: Whether the inputs of the next tile are prefetched too.
     """
 
     height: int
     width: int
     vectors: int
     lanes: int
-    piece: int = WHOLE
-    panels_first: bool = True
+    parts: int = 1
     ahead: bool = False
+    inputs: bool = False
 
     @property
     def columns(self) -> int:
@@ -89,6 +82,15 @@ class Convolved:
         """Multiply-adds of one result."""
         return self.depth * math.prod(self.kernel)
 
+    def input_bytes(self) -> float:
+        """Of all images."""
+        per_image = self.depth * self.groups * math.prod(self.strides) * itemsize(self.dtype)
+        return float(per_image * self.positions())
+
+    def weight_bytes(self) -> float:
+        """Of all groups."""
+        return float(self.steps * self.channels * self.groups * itemsize(self.dtype))
+
     def positions(self) -> int:
         """Results of one channel; what is unknown counts as typical."""
         side = 28  # of an image, whose extents are below the typical extent of other things
@@ -108,12 +110,14 @@ def direct_candidates(profile: Profile, conv: Convolved) -> list[Candidate]:
     """Ways to cut ``conv`` with their predicted cycles on one core; :func:`patch_of` makes a patch of one."""
     lanes = lanes_of(profile, conv.dtype)
     widest = min(4 if profile.registers >= 32 else 2, -(-conv.channels // lanes))
+    ahead = conv.input_bytes() + conv.weight_bytes() > profile.l2_bytes // 16  # else all is close by anyway
+    inputs = conv.input_bytes() > profile.l2_bytes // 4
     made = []
     for vectors in sorted(range(1, widest + 1), key=lambda v: abs(v - 2)):
         most = max(1, (profile.registers - vectors - 1) // vectors)
         for height, width in _shapes(conv, min(most, 28)):
-            for panels_first in (True, False):
-                patch = _tasks(profile, conv, Patch(height, width, vectors, lanes, panels_first=panels_first))
+            for parts in (1, profile.cores, 8 * profile.cores):
+                patch = Patch(height, width, vectors, lanes, parts, ahead, ahead and inputs)
                 made.append(Candidate(dataclasses.asdict(patch), _cycles(profile, conv, patch)))
     return made
 
@@ -140,33 +144,6 @@ def _shapes(conv: Convolved, most: int) -> Iterator[tuple[int, int]]:
             yield fitting, width
 
 
-def _tasks(profile: Profile, conv: Convolved, patch: Patch) -> Patch:
-    """``patch`` with lines divided so that there are tasks enough, and what one task reads stays in cache."""
-    size = itemsize(conv.dtype)
-    panels = conv.groups * -(-conv.channels // patch.columns)
-    tiles = -(-typical(conv.space[-1], 28) // patch.width)
-    strips = max(1, conv.positions() // max(1, typical(conv.space[-1], 28) * patch.height))
-    piece = tiles
-    if not patch.panels_first:
-        read = conv.steps * size * patch.width * patch.height
-        piece = max(1, min(piece, profile.l2_bytes // 4 // read))
-    while piece > 1 and _unbalanced(profile, strips * -(-tiles // piece) * panels):
-        piece = -(-piece // 2)
-    if UNKNOWN in conv.space[-1:] or piece < tiles:
-        patch = dataclasses.replace(patch, piece=max(piece, 1))
-    weights = conv.steps * conv.channels * conv.groups * size
-    return dataclasses.replace(
-        patch, ahead=patch.panels_first and strips * tiles > 1 and weights > profile.l2_bytes // 8
-    )
-
-
-def _unbalanced(profile: Profile, tasks: int) -> bool:
-    """Whether cores would wait for each other for more than a twentieth of the time."""
-    if tasks < profile.cores:
-        return True
-    return -(-tasks // profile.cores) * profile.cores > 1.05 * tasks and tasks < TASKS * profile.cores * 5
-
-
 def _cycles(profile: Profile, conv: Convolved, patch: Patch) -> float:
     """Predicted cycles on one core."""
     size = itemsize(conv.dtype)
@@ -178,9 +155,15 @@ def _cycles(profile: Profile, conv: Convolved, patch: Patch) -> float:
         for panels, wide in ((vectors, patch.vectors), (1, last)):
             if panels and wide:
                 total += count * panels * conv.groups * _tile_cycles(conv, rows, wide, cached=cached)
-    inputs = conv.steps / math.prod(conv.kernel) * conv.groups * conv.positions() * math.prod(conv.strides) * size
-    weights = conv.steps * conv.channels * conv.groups * size
-    return total + _traffic(profile, conv, patch, inputs, weights) / SHARED_BYTES
+    balance = _imbalance(profile, conv, patch)
+    return total * balance + _traffic(profile, conv, patch) / SHARED_BYTES
+
+
+def _imbalance(profile: Profile, conv: Convolved, patch: Patch) -> float:
+    """How much longer the last core takes than all would if tasks could be divided."""
+    panels = conv.groups * -(-conv.channels // patch.columns)
+    tasks = panels * max(1, round(sum(count for _, count in _tiles(conv, patch))))
+    return -(-tasks // profile.cores) * profile.cores / tasks
 
 
 def _tiles(conv: Convolved, patch: Patch) -> Sequence[tuple[int, float]]:
@@ -204,13 +187,13 @@ def _tile_cycles(conv: Convolved, rows: int, vectors: int, *, cached: bool) -> f
     return conv.steps * step + 2 * rows * vectors + TILE_CYCLES
 
 
-def _traffic(profile: Profile, conv: Convolved, patch: Patch, inputs: float, weights: float) -> float:
-    """Bytes from beyond the second-level cache of a core; the core has a share of the tasks."""
-    room = profile.l2_bytes / 2
-    panels = conv.groups * -(-conv.channels // patch.columns)
-    if patch.panels_first:
+def _traffic(profile: Profile, conv: Convolved, patch: Patch) -> float:
+    """Bytes that a core, which has its share of the tasks, reads from beyond its second-level cache."""
+    inputs, weights = conv.input_bytes(), conv.weight_bytes()
+    room, panels = profile.l2_bytes / 2, conv.groups * -(-conv.channels // patch.columns)
+    if patch.parts == 1:
         again = max(1.0, panels / profile.cores) if inputs > room else 1.0
-        return inputs * again + weights / profile.cores * (0.1 if patch.ahead else 1.0)
-    strips = conv.positions() / (patch.height * patch.width * min(patch.piece, 64))
-    again = max(1.0, strips / profile.cores) if weights > room else 1.0
-    return inputs / profile.cores + weights * again
+        return inputs * again + weights / profile.cores
+    own = patch.parts / profile.cores
+    inputs_again = panels if inputs / patch.parts > room else 1
+    return inputs / profile.cores * inputs_again + weights * (own if weights > room else 1.0)
