@@ -13,7 +13,7 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import Sink
 from mmopt.backends.cpu.intrinsics import exp2_below_zero
 from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
-from mmopt.backends.cpu.kernels.transpose import transpose_square
+from mmopt.backends.cpu.kernels.transpose import combine_lanes, transpose_square
 from mmopt.backends.cpu.loops import i64, keep, loop, seq, static, when
 from mmopt.backends.expressions import simplify
 
@@ -106,8 +106,11 @@ class Task:
         self.buffers: list[tirx.Buffer] = []
         self.query = self._buffer("query", blocking.rows, features)
         self.scores = self._buffer("scores", blocking.rows, blocking.keys)
-        self.peak = self._buffer("peak", blocking.rows)
-        self.factor = self._buffer("factor", blocking.rows)
+        padded = -(-blocking.rows // lanes) * lanes
+        self.partial = self._buffer("partial", blocking.rows, lanes)
+        self.peak = self._buffer("peak", padded)
+        self.total = self._buffer("total", padded)
+        self.factor = self._buffer("factor", padded)
         carried = blocking.rows if self.single else blocking.chunk
         self.maxima = self._buffer("maxima", carried)
         self.sums = self._buffer("sums", carried)
@@ -175,12 +178,18 @@ class Task:
             full, rest = divmod(known, most)
             last = body(i64(full * most), rest) if rest else None
             return seq(loop(full, lambda t: body(t * most, most), name="tile"), last)
-        full, rest = tirx.floordiv(self.count, i64(most)), tirx.floormod(self.count, i64(most))
-        last = body(full * most, most)
-        for rows in REST:
-            if rows < most:
-                last = when(rest <= rows, body(full * most, rows), last)
-        return seq(loop(full, lambda t: body(t * most, most), name="tile"), when(rest > 0, last) if most > 1 else None)
+        smaller = [rows for rows in REST if rows < most]
+        # What a smaller tile cannot hold gets a full one.
+        room = most - 1 - (smaller[0] if smaller else 0)
+        full = simplify(tirx.floordiv(self.count + room, i64(most)))
+        rest = self.count - full * most
+        last: Stmt | None = None
+        bound = 0
+        for rows in reversed(smaller):
+            tile = body(full * most, rows)
+            last = when(rest > 0, tile) if last is None else when(rest <= bound, last, tile)
+            bound = rows
+        return seq(loop(full, lambda t: body(t * most, most), name="tile"), last)
 
     def finish(self, i: Expr, row: Expr) -> Stmt:
         """Hand over a row of the chunk, whose sums are at ``i``; zeros when no key was open."""
@@ -384,7 +393,36 @@ class Tile:
 
     def _weights(self) -> Stmt:
         """Largest scores of the rows, then weights in their place, and their sums."""
-        return seq(loop(self.rows, self._largest, name="i"), loop(self.rows, self._exponentials, name="i"))
+        task = self.task
+        return seq(
+            loop(self.rows, self._largest, name="i"),
+            self._combined(tirx.max, task.peak),
+            loop(self.rows, self._shrink, "vectorized", "i"),
+            loop(self.rows, self._exponentials, name="i"),
+            self._combined(lambda a, b: a + b, task.total),
+            loop(self.rows, self._add, "vectorized", "i"),
+        )
+
+    def _combined(self, combine: Pair, result: tirx.Buffer) -> Stmt:
+        """The lanes of each row's partial results as one."""
+        task, lanes = self.task, self.lanes
+        kind = f"{task.dtype}x{lanes}"
+
+        def some(first: int) -> Stmt:
+            def load(i: int) -> Expr:
+                return task.partial.vload([i64(min(first + i, self.rows - 1)), i64(0)], kind)
+
+            return combine_lanes(lanes, task.dtype, load, combine, lambda x: result.vstore([i64(first)], x))
+
+        return seq(*(some(first) for first in range(0, self.rows, lanes)))
+
+    def _gathered(self, i: Expr, start: float, body: Callable[[tirx.Buffer], Stmt]) -> Stmt:
+        """A vector set to ``start`` and worked on by ``body`` becomes the row's partial result."""
+        task, lanes = self.task, self.lanes
+        buffer = tirx.decl_buffer((i64(lanes),), task.dtype, "lanes")
+        begin = task.vectors(lanes, lambda v: tirx.BufferStore(buffer, task.number(start), [v]))
+        end = task.vectors(lanes, lambda v: tirx.BufferStore(task.partial, buffer[v], [i, v]))
+        return seq(tirx.AllocBuffer(buffer), begin, body(buffer), end)
 
     def _largest(self, i: Expr) -> Stmt:
         task, lanes = self.task, self.lanes
@@ -395,8 +433,7 @@ class Tile:
             kept, end = keep(tirx.max(end, i64(0)), "end")
         full = simplify(tirx.floordiv(end, i64(lanes)))
         vectors = simplify(tirx.floordiv(self.keys + (lanes - 1), i64(lanes)))
-        rest = simplify(end - full * lanes)
-        masked = self._masked_rest(i, full * lanes, rest)
+        masked = self._masked_rest(i, full * lanes, simplify(end - full * lanes))
 
         def body(peak: tirx.Buffer) -> Stmt:
             def vector(b: Expr, score: Callable[[Expr], Expr]) -> Stmt:
@@ -405,7 +442,7 @@ class Tile:
                     largest = tirx.BufferStore(peak, tirx.max(peak[v], value), [v])
                     return seq(before, tirx.BufferStore(task.scores, value, [i, b * lanes + v]), largest)
 
-                return loop(lanes, one, "vectorized", "v")
+                return loop(lanes, lambda v: self.kernel.point(lambda: one(v)), "vectorized", "v")
 
             def closed(j: Expr) -> Expr:
                 value = task.scores[i, j] if masked is not None else self._score(i, j)
@@ -417,8 +454,7 @@ class Tile:
                 loop(simplify(vectors - full), lambda b: vector(full + b, closed), name="b"),
             )
 
-        work, peak = task.gathered(-math.inf, body, tirx.max)
-        return seq(kept, work, self._peak(i, peak))
+        return seq(kept, self._gathered(i, -math.inf, body))
 
     def _score(self, i: Expr, j: Expr) -> Expr:
         """Score of key ``j`` of the block after the rules and the mask."""
@@ -446,19 +482,23 @@ class Tile:
 
         return self.kernel.tail(count, self.lanes, lambda j: self.kernel.point(lambda: store(j)))
 
-    def _peak(self, i: Expr, peak: Expr) -> Stmt:
-        """The maximum so far; one of −∞, where no key was open, counts as 0 for differences with it."""
-        task, at = self.task, self.carry + i
+    def _shrink(self, i: Expr) -> Stmt:
+        """The maximum so far, and by what factor the row shrinks for it.
+
+        A maximum of −∞, where no key was open, counts as 0 for differences with it.
+        """
+        task = self.task
         if task.single:
-            return tirx.BufferStore(task.peak, self._finite(peak), [i])
-        before, largest = keep(tirx.max(task.maxima[at], peak), "largest")
-        shrink, factor = self._exponential(task.maxima[at] - self._finite(largest))
+            return tirx.BufferStore(task.peak, self._finite(task.peak[i]), [i])
+        old = task.maxima[self.carry + i]
+        before, largest = keep(tirx.max(old, task.peak[i]), "largest")
+        shrink, factor = self._exponential(old - self._finite(largest))
         return seq(
             before,
             shrink,
             tirx.BufferStore(task.factor, factor, [i]),
             tirx.BufferStore(task.peak, self._finite(largest), [i]),
-            tirx.BufferStore(task.maxima, largest, [at]),
+            tirx.BufferStore(task.maxima, largest, [self.carry + i]),
         )
 
     def _finite(self, value: Expr) -> Expr:
@@ -494,11 +534,13 @@ class Tile:
 
             return loop(vectors, lambda b: loop(lanes, lambda v: one(v, b * lanes + v), "vectorized", "v"), name="b")
 
-        work, total = task.gathered(0.0, body, lambda a, b: a + b)
-        at = self.carry + i
-        if not task.single:
-            total = task.sums[at] * task.factor[i] + total
-        return seq(work, tirx.BufferStore(task.sums, total, [at]))
+        return self._gathered(i, 0.0, body)
+
+    def _add(self, i: Expr) -> Stmt:
+        """The row's sum so far."""
+        task, at = self.task, self.carry + i
+        total = task.total[i] if task.single else task.sums[at] * task.factor[i] + task.total[i]
+        return tirx.BufferStore(task.sums, total, [at])
 
     # -- products ----------------------------------------------------------------------------------------------
 
