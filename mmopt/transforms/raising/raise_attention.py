@@ -21,20 +21,17 @@ import onnx_ir as ir
 from mmopt.analysis.dims import Size
 from mmopt.analysis.shape_rules import Shape
 from mmopt.ir.module import Module
-from mmopt.pipeline.base import Fidelity, PassContext
+from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import compose_transposes, merge_reshapes
 from mmopt.transforms.canonicalize.editing import integer, is_onnx
-from mmopt.transforms.canonicalize.eliminate_dead_code import EliminateDeadCode
-from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass, report
+from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule
 from mmopt.transforms.raising.attention_heads import Heads, Operand, View, choose_heads, rearranged, refined, unscaled
 from mmopt.transforms.raising.attention_masks import write_mask
 from mmopt.transforms.raising.attention_match import Match, finite, forward, lead_of, match_attention
 from mmopt.transforms.raising.building import Builder, Unbuildable, sole_user
 from mmopt.transforms.raising.contraction import Contraction
 from mmopt.transforms.raising.layout import Atom, Group, Layout, extent, quotient, regroup
-
-OPSET = 23
-"""The first with the operator."""
+from mmopt.transforms.raising.rules import OPSET, RaisingPass, RaisingRule, apply_rules
 
 _TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 
@@ -54,8 +51,6 @@ class _Operands:
 
 
 def _raise(node: ir.Node, rewriter: Rewriter) -> bool:
-    if rewriter.opset(node) < OPSET:
-        return False
     match = match_attention(node, rewriter)
     if isinstance(match, str):
         return rewriter.miss(node, f"attention: {match}.") if match else False
@@ -141,7 +136,7 @@ def output_cost(value: ir.Value, whole: Layout, heads: Heads, rank: int, rewrite
 
 def _emit(node: ir.Node, match: Match, operands: _Operands, rewriter: Rewriter) -> bool:
     last = match.mixed.node
-    witnesses = [source.value for view in operands.views for source in (view.source,)]
+    witnesses = [view.source.value for view in operands.views]
     builder = Builder(rewriter, last, [*witnesses, match.scores.left, match.scores.right, match.mixed.right])
     dtype = rewriter.dtype(match.scores.left)
     found = _output_axes(match.mixed.layout, operands.heads, operands.rank)
@@ -290,27 +285,34 @@ def _plain_softmax(node: ir.Node, rewriter: Rewriter) -> bool:
 
 
 PLAIN_SOFTMAX = Rule("plain-softmax", ("Reshape",), _plain_softmax)
-RULES = (Rule("raise-attention", ("Softmax",), _raise), Rule("absorb-heads", ("Attention",), _absorb))
+RULES = (
+    RaisingRule(
+        "raise-attention", ("Softmax",), _raise, "softmax(c · tanh(s Q Kᵀ / c) + mask) V for each head", "Attention"
+    ),
+    RaisingRule(
+        "absorb-heads",
+        ("Attention",),
+        _absorb,
+        "Attention of transposed, reshaped, repeated or scaled projections",
+        "Attention",
+    ),
+)
 
 
 @dataclasses.dataclass(frozen=True)
-class RaiseAttention(RulePass):
+class RaiseAttention(RaisingPass):
     """Lifts attention into the standard's operator."""
 
-    fidelity = Fidelity.ROUNDING
+    def raising_rules(self) -> tuple[RaisingRule, ...]:
+        """The rules of this module."""
+        return RULES
 
     def rules(self) -> tuple[Rule, ...]:
-        """Its rules, and those that join what is left of shape changes around it."""
+        """The rules, and those that join what is left of shape changes around the operator."""
         return (*RULES, *compose_transposes.RULES, *merge_reshapes.RULES)
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Apply the rules until none fires, and drop what nothing needs any more."""
-        plain = Rewriter(module, [PLAIN_SOFTMAX])
-        changed = plain.run()
-        report(self, plain, context)
-        if changed:  # what is dead must not count as a use of the scores
-            EliminateDeadCode().run(module, context)
-        if super().run(module, context):
-            EliminateDeadCode().run(module, context)
-            return True
-        return changed
+        # First of all, so that what is dead afterwards does not count as a use of the scores.
+        plain = module.opset >= OPSET and apply_rules(self, [PLAIN_SOFTMAX], module, context)
+        return super().run(module, context) or plain

@@ -1,0 +1,384 @@
+"""Lifts rotary position embedding (Su et al. 2021).
+
+    x · cos + concat(-x₂, x₁) · sin                                  x₁, x₂: the halves of the features
+    concat(x₁ · cos - x₂ · sin, x₂ · cos + x₁ · sin)
+    x · cos + stack(-x[1::2], x[0::2]) · sin                         neighbours, {interleaved=1}
+    concat(rotated(x[:r]), x[r:])                                    {rotary_embedding_dim=r}
+    →  RotaryEmbedding(x, cos, sin)
+
+The tables must hold every angle twice, as halves or as neighbours; it is checked on their contents, or on how they are
+computed. Where the heads come from a projection ``[batch, sequence, heads * size]``, that is what is rotated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import onnx_ir as ir
+
+from mmopt.analysis.dims import Size
+from mmopt.transforms.canonicalize import compose_transposes, merge_reshapes
+from mmopt.transforms.canonicalize.editing import Array, axes_of, constant_ints, integer, is_onnx, tensor_of
+from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule
+from mmopt.transforms.raising.building import Builder, Unbuildable, sole_user
+from mmopt.transforms.raising.rules import RaisingPass, RaisingRule
+
+_LARGEST_READ = 1 << 24
+_ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity", "Unsqueeze", "Reshape", "Expand", "Mul", "Squeeze")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """``value[..., start::step]``, ``size`` of it."""
+
+    value: ir.Value
+    start: int
+    size: int
+    step: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rotation:
+    """What is rotated by which tables."""
+
+    data: ir.Value
+    cosine: ir.Value
+    sine: ir.Value
+    interleaved: bool
+
+
+# -- reading -------------------------------------------------------------------------------------------------------
+
+
+def _part(value: ir.Value | None, rewriter: Rewriter) -> _Part | None:
+    """A part of the last axis, by Slice or Split."""
+    node = None if value is None else value.producer()
+    if value is None or node is None or not node.inputs or node.inputs[0] is None:
+        return None
+    shape, after = rewriter.shape(node.inputs[0]), rewriter.shape(value)
+    if not shape or not after or len(shape) != len(after):
+        return None
+    width, size = shape[-1], after[-1]
+    if not isinstance(width, int) or not isinstance(size, int):
+        return None
+    if is_onnx(node, "Split") and integer(node, "axis", 0) in (-1, len(shape) - 1):
+        before = [rewriter.shape(o) for o in node.outputs[: list(node.outputs).index(value)]]
+        sizes = [s[-1] for s in before if s]
+        return _Part(node.inputs[0], sum(s for s in sizes if isinstance(s, int)), size)
+    if not is_onnx(node, "Slice") or len(node.inputs) < 4:
+        return None
+    starts, axes = constant_ints(node.inputs[1]), axes_of(node, 3)
+    steps = constant_ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
+    if starts is None or axes is None or steps is None or len(starts) != 1 or axes[0] % len(shape) != len(shape) - 1:
+        return None
+    start = starts[0] + width if starts[0] < 0 else min(starts[0], width)
+    return _Part(node.inputs[0], start, size, steps[0]) if steps[0] > 0 else None
+
+
+def _negated(value: ir.Value | None) -> ir.Value | None:
+    node = None if value is None else value.producer()
+    return node.inputs[0] if node is not None and is_onnx(node, "Neg") else None
+
+
+def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[ir.Value, bool] | None:
+    """``(x, interleaved)`` where ``value`` is ``x`` with pairs exchanged and the first of each negated."""
+    node = None if value is None else value.producer()
+    interleaved = False
+    if node is not None and is_onnx(node, "Reshape", "Flatten"):
+        value, interleaved = node.inputs[0], True
+        node = None if value is None else value.producer()
+    if node is None or not is_onnx(node, "Concat") or len(node.inputs) != 2:
+        return None
+    rank = len(rewriter.shape(value) or ())
+    if not rank or integer(node, "axis", 0) not in (-1, rank - 1):
+        return None
+    first, second = node.inputs[0], node.inputs[1]
+    if interleaved:
+        first, second = _unsqueezed(first), _unsqueezed(second)
+    turned = _negated(first)
+    if turned is None and interleaved:
+        turned = _unsqueezed(_negated(node.inputs[0]))
+    parts = _part(turned, rewriter), _part(second, rewriter)
+    if parts[0] is None or parts[1] is None or parts[0].value is not parts[1].value:
+        return None
+    return (parts[0].value, interleaved) if _are_pairs(parts[1], parts[0], interleaved, rewriter) else None
+
+
+def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
+    """What a new last axis was added to."""
+    node = None if value is None else value.producer()
+    if node is None or not is_onnx(node, "Unsqueeze", "Reshape"):
+        return None
+    return node.inputs[0]
+
+
+def _are_pairs(first: _Part, second: _Part, interleaved: bool, rewriter: Rewriter) -> bool:
+    width = (rewriter.shape(first.value) or (None,))[-1]
+    if not isinstance(width, int) or width % 2 or first.size != width // 2 or second.size != width // 2:
+        return False
+    if interleaved:
+        return (first.start, second.start, first.step, second.step) == (0, 1, 2, 2)
+    return (first.start, second.start, first.step, second.step) == (0, width // 2, 1, 1)
+
+
+def _sum_of_products(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
+    """``x · cos + rotated half of x · sin``."""
+    products = [value.producer() for value in node.inputs if value is not None]
+    if len(products) != 2 or any(p is None or not is_onnx(p, "Mul") for p in products):
+        return None
+    for plain, turned in (products, products[::-1]):
+        if plain is None or turned is None:
+            continue
+        for position in (0, 1):
+            found = _rotated_half(turned.inputs[position], rewriter)
+            sine = turned.inputs[1 - position]
+            if found is None or sine is None or found[0] not in plain.inputs:
+                continue
+            cosine = plain.inputs[1] if plain.inputs[0] is found[0] else plain.inputs[0]
+            if cosine is not None:
+                return _Rotation(found[0], cosine, sine, found[1])
+    return None
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def _twice(value: ir.Value | None, interleaved: bool, rewriter: Rewriter, depth: int = 0) -> bool:
+    """Whether the last axis of a table holds every number twice: as halves, or as neighbours."""
+    tensor = tensor_of(value)
+    if tensor is not None:
+        return 0 < tensor.size <= _LARGEST_READ and _repeats(np.asarray(tensor.numpy()), interleaved)
+    node = None if value is None else value.producer()
+    if value is None or node is None or depth > 12:
+        return False
+    if is_onnx(node, "Concat") and not interleaved and len(node.inputs) == 2:
+        rank = len(rewriter.shape(value) or ())
+        return node.inputs[0] is node.inputs[1] and integer(node, "axis", 0) in (-1, rank - 1)
+    if interleaved and is_onnx(node, "Reshape", "Flatten") and _is_stacked(node, rewriter):
+        return True
+    if is_onnx(node, "Gather") and integer(node, "axis", 0) == 0 and len(rewriter.shape(node.inputs[0]) or ()) == 2:
+        return _twice(node.inputs[0], interleaved, rewriter, depth + 1)
+    if not is_onnx(node, *_ELEMENTWISE) or not _keeps_width(node, rewriter):
+        return False
+    inputs = node.inputs if node.op_type == "Mul" else node.inputs[:1]
+    return all(_twice(source, interleaved, rewriter, depth + 1) for source in inputs)
+
+
+def _repeats(array: Array, interleaved: bool) -> bool:
+    if array.ndim == 0 or array.shape[-1] == 1:
+        return True
+    width = array.shape[-1]
+    if width % 2:
+        return False
+    pairs = (array[..., ::2], array[..., 1::2]) if interleaved else (array[..., : width // 2], array[..., width // 2 :])
+    return bool((pairs[0] == pairs[1]).all())
+
+
+def _is_stacked(node: ir.Node, rewriter: Rewriter) -> bool:
+    """Whether a Reshape merges a last axis of two equal entries: ``repeat_interleave(x, 2)``."""
+    source = node.inputs[0]
+    maker = None if source is None else source.producer()
+    shape = rewriter.shape(source)
+    if maker is None or not shape or shape[-1] != 2:
+        return False
+    if is_onnx(maker, "Concat"):
+        return len(maker.inputs) == 2 and maker.inputs[0] is maker.inputs[1]
+    before = rewriter.shape(maker.inputs[0]) if is_onnx(maker, "Expand") else None
+    return bool(before) and before is not None and before[-1] == 1
+
+
+def _keeps_width(node: ir.Node, rewriter: Rewriter) -> bool:
+    """Whether a node leaves the last axis as it is."""
+    before, after = rewriter.shape(node.inputs[0]), rewriter.shape(node.outputs[0])
+    if not before or not after:
+        return False
+    if node.op_type == "Mul":
+        widths = [(rewriter.shape(v) or (1,))[-1] for v in node.inputs]
+        return all(width in (1, after[-1]) for width in widths)
+    return before[-1] == after[-1]
+
+
+def _table(value: ir.Value, rotation: _Rotation, sizes: tuple[Size, Size], builder: Builder) -> ir.Value:
+    """A table ``[batch, sequence, width]`` as the operator wants it: every angle once.
+
+    Raises:
+        Unbuildable: It does not have one row for each position.
+    """
+    shape = builder.shape(value)
+    batch, length = sizes
+    width = shape[-1]
+    padded = (*[1] * (4 - len(shape)), *shape)
+    if not isinstance(width, int) or len(padded) != 4 or padded[1] != 1 or padded[2] != length:
+        raise Unbuildable(f"the table {value.name} does not have one row for each position")
+    if padded[0] not in (1, batch):
+        raise Unbuildable(f"the table {value.name} has another batch")
+    dtype = builder.rewriter.dtype(value)
+    start, end, step = (0, width, 2) if rotation.interleaved else (0, width // 2, 1)
+    bounds = [builder.ints([n], "bound") for n in (start, end, -1, step)]
+    half = builder.node("Slice", [value, *bounds], (*shape[:-1], width // 2), dtype)
+    rows = builder.reshape(half, [padded[0], length, width // 2])
+    return builder.expand(rows, [batch, length, width // 2])
+
+
+# -- writing -------------------------------------------------------------------------------------------------------
+
+
+def _rotate(node: ir.Node, rewriter: Rewriter) -> bool:
+    """From the sum, or from the Concat of two halves."""
+    found = _sum_of_products(node, rewriter) if node.op_type == "Add" else _two_halves(node, rewriter)
+    if found is None:
+        return False
+    shape = rewriter.shape(found.data)
+    if shape is None or len(shape) != 4 or None in shape or not rewriter.same_shape(found.data, node.outputs[0]):
+        return rewriter.miss(node, "rotary embedding: its operand is not [batch, heads, sequence, size].")
+    whole = node.op_type == "Add"
+    for table in (found.cosine, found.sine):
+        if whole and not _twice(table, found.interleaved, rewriter):
+            return rewriter.miss(node, f"rotary embedding: {table.name} does not hold every angle twice.")
+    try:
+        return _emit(node, found, whole, rewriter)
+    except Unbuildable as reason:
+        return rewriter.miss(node, f"rotary embedding: {reason}.")
+
+
+def _two_halves(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
+    """``concat(x₁ · cos - x₂ · sin, x₂ · cos + x₁ · sin)``."""
+    if len(node.inputs) != 2 or integer(node, "axis", 0) not in (-1, len(rewriter.shape(node.outputs[0]) or ()) - 1):
+        return None
+    difference, total = (None if value is None else value.producer() for value in node.inputs)
+    if difference is None or total is None or not is_onnx(difference, "Sub") or not is_onnx(total, "Add"):
+        return None
+    kept, taken = (_product(value, rewriter) for value in difference.inputs)
+    others = [_product(value, rewriter) for value in total.inputs]
+    if kept is None or taken is None or None in others:
+        return None
+    (first, cosine), (second, sine) = kept, taken
+    if first.value is not second.value or not _are_pairs(first, second, False, rewriter):
+        return None
+    wanted = {(second.start, cosine), (first.start, sine)}
+    if {(part.start, table) for part, table in (o for o in others if o is not None)} != wanted:
+        return None
+    return _Rotation(first.value, cosine, sine, False)
+
+
+def _product(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, ir.Value] | None:
+    """A part of the last axis times a table."""
+    node = None if value is None else value.producer()
+    if node is None or not is_onnx(node, "Mul"):
+        return None
+    for position in (0, 1):
+        part, table = _part(node.inputs[position], rewriter), node.inputs[1 - position]
+        if part is not None and table is not None:
+            return part, table
+    return None
+
+
+def _emit(node: ir.Node, found: _Rotation, whole: bool, rewriter: Rewriter) -> bool:
+    projection = _projection(found.data, rewriter)
+    data = found.data if projection is None else projection
+    builder = Builder(rewriter, node, [data, found.cosine, found.sine])
+    batch, heads, length, size = builder.shape(found.data)
+    tables = []
+    for value in (found.cosine, found.sine):
+        if whole:
+            tables.append(_table(value, found, (batch, length), builder))
+        else:
+            tables.append(_rows(value, (batch, length), builder))
+    attributes = {"interleaved": 1} if found.interleaved else {}
+    shape = (batch, heads, length, size)
+    inputs = [found.data, *tables]
+    return rewriter.replace(
+        node, builder.node("RotaryEmbedding", inputs, shape, rewriter.dtype(found.data), **attributes)
+    )
+
+
+def _rows(value: ir.Value, sizes: tuple[Size, Size], builder: Builder) -> ir.Value:
+    """A table that holds every angle once."""
+    shape = builder.shape(value)
+    batch, length = sizes
+    padded = (*[1] * (4 - len(shape)), *shape)
+    if len(padded) != 4 or padded[1] != 1 or padded[2] != length or padded[0] not in (1, batch):
+        raise Unbuildable(f"the table {value.name} does not have one row for each position")
+    return builder.expand(builder.reshape(value, [padded[0], length, shape[-1]]), [batch, length, shape[-1]])
+
+
+def _projection(value: ir.Value, rewriter: Rewriter) -> ir.Value | None:
+    """``[batch, sequence, heads, size]`` where ``value`` is that with heads moved to the front."""
+    node = value.producer()
+    if node is None or not is_onnx(node, "Transpose") or node.inputs[0] is None:
+        return None
+    perm = node.attributes.get("perm")
+    return node.inputs[0] if perm is not None and list(perm.as_ints()) == [0, 2, 1, 3] else None
+
+
+def _partial(node: ir.Node, rewriter: Rewriter) -> bool:
+    """From the Concat of what is rotated and what is not."""
+    if len(node.inputs) != 2 or integer(node, "axis", 0) not in (-1, len(rewriter.shape(node.outputs[0]) or ()) - 1):
+        return False
+    turned, kept = node.inputs
+    rotation = None if turned is None else turned.producer()
+    rest = _part(kept, rewriter)
+    if rotation is None or not is_onnx(rotation, "RotaryEmbedding") or rest is None or turned is None:
+        return False
+    part = _part(rotation.inputs[0], rewriter)
+    shape = rewriter.shape(rest.value)
+    if part is None or part.value is not rest.value or shape is None or len(shape) != 4 or None in shape:
+        return False
+    if part.start != 0 or rest.start != part.size or part.step != 1 or part.size + rest.size != shape[-1]:
+        return False
+    if sole_user(turned) is not node or "rotary_embedding_dim" in rotation.attributes:
+        return rewriter.miss(node, "rotary embedding: the rotated part is needed elsewhere too.")
+    attributes = {name: attribute.value for name, attribute in rotation.attributes.items()}
+    attributes["rotary_embedding_dim"] = part.size
+    builder = Builder(rewriter, node, [rest.value])
+    dtype = rewriter.dtype(rest.value)
+    result = builder.node("RotaryEmbedding", [rest.value, *rotation.inputs[1:]], shape, dtype, **attributes)
+    return rewriter.replace(node, result)
+
+
+def _flat(node: ir.Node, rewriter: Rewriter) -> bool:
+    """An embedding of rank 4 on transposed heads rotates the projection itself."""
+    data = node.inputs[0]
+    projection = None if data is None else _projection(data, rewriter)
+    shape = rewriter.shape(data)
+    if projection is None or shape is None or None in shape or not isinstance(shape[1], int):
+        return False
+    batch, heads, length, size = (s for s in shape if s is not None)
+    builder = Builder(rewriter, node, [projection])
+    try:
+        flat = builder.reshape(projection, [batch, length, heads * size])
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        attributes["num_heads"] = heads
+        dtype, whole = rewriter.dtype(data), (batch, length, heads * size)
+        turned = builder.node("RotaryEmbedding", [flat, *node.inputs[1:]], whole, dtype, **attributes)
+        apart = builder.reshape(turned, [batch, length, heads, size])
+        return rewriter.replace(node, builder.transpose(apart, [0, 2, 1, 3]))
+    except Unbuildable:
+        return False
+
+
+RULES = (
+    RaisingRule(
+        "rotary",
+        ("Add", "Concat"),
+        _rotate,
+        "x · cos + (-x₂, x₁) · sin;  (x₁ cos - x₂ sin, x₂ cos + x₁ sin)",
+        "RotaryEmbedding",
+    ),
+    RaisingRule("rotary-part", ("Concat",), _partial, "(rotated(x[:r]), x[r:])", "RotaryEmbedding"),
+    RaisingRule("rotary-heads", ("RotaryEmbedding",), _flat, "RotaryEmbedding of transposed heads", "RotaryEmbedding"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RaiseRotary(RaisingPass):
+    """Lifts rotary position embedding into the standard's operator."""
+
+    def raising_rules(self) -> tuple[RaisingRule, ...]:
+        """The rules of this module."""
+        return RULES
+
+    def rules(self) -> tuple[Rule, ...]:
+        """The rules, and those that join shape changes around the operator."""
+        return (*RULES, *compose_transposes.RULES, *merge_reshapes.RULES)
