@@ -16,8 +16,7 @@ caller's epilogue picks them up. AMX kernels work in tiles that have to be given
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import tvm.ir
@@ -25,14 +24,8 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.expressions import itemsize
+from mmopt.backends.cpu.dot_code import TILE_BYTES, TILE_ROWS, micro_kernel, tile_functions, tile_phases
 from mmopt.backends.profile import Profile
-
-TILE_ROWS = 16
-"""Rows of an AMX tile."""
-
-TILE_BYTES = 64
-"""Bytes in a row of an AMX tile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +186,7 @@ class MicroKernel:
 
     def llvm(self) -> str:
         """The function's text. Parameters: c, stride of c, a, stride of a, b, steps, segments, offsets, ahead."""
-        return _write(self)
+        return micro_kernel(self)
 
     def call(
         self,
@@ -226,6 +219,59 @@ class MicroKernel:
         return tirx.Evaluate(tirx.call_extern("int32", self.name, *arguments))
 
 
+@dataclasses.dataclass(frozen=True)
+class TilePhases:
+    """An AMX micro-kernel in parts, so that other work can be done between its steps: the tiles keep the sums.
+
+    Attributes:
+        dot: The instruction.
+        rows: Rows of the block, at most 32.
+        vectors: Vectors of columns, at most 2.
+        prefetch: Cache lines fetched ahead in every step.
+        near: Whether every step also fetches rows of A into the first-level cache.
+    """
+
+    dot: Dot
+    rows: int
+    vectors: int
+    prefetch: int = 0
+    near: bool = False
+
+    @property
+    def whole(self) -> MicroKernel:
+        """The same in one piece."""
+        return MicroKernel(self.dot, self.rows, self.vectors, prefetch=self.prefetch)
+
+    @property
+    def name(self) -> str:
+        """What the names of its functions start with."""
+        return f"{self.whole.name}_{'near' if self.near else 'phase'}"
+
+    def llvm(self) -> str:
+        """The functions' text."""
+        return tile_phases(self)
+
+    def begin(self) -> Stmt:
+        """The statement that clears the sums."""
+        return tirx.Evaluate(tirx.call_extern("int32", f"{self.name}_begin"))
+
+    def step(self, a: Expr, a_stride: int | Expr, b: Expr, ahead: Expr, near: Expr) -> Stmt:
+        """The statement that goes on by ``dot.step`` elements of depth.
+
+        Args:
+            a: As for :meth:`MicroKernel.call`.
+            a_stride: As there.
+            b: As there.
+            ahead: Address of what to fetch into the second-level cache.
+            near: Address of the rows of A to fetch into the first-level cache: those of a step or two ahead.
+        """
+        return tirx.Evaluate(tirx.call_extern("int32", f"{self.name}_step", a, _number(a_stride), b, ahead, near))
+
+    def end(self, c: Expr, c_stride: int | Expr) -> Stmt:
+        """The statement that stores the sums."""
+        return tirx.Evaluate(tirx.call_extern("int32", f"{self.name}_end", c, _number(c_stride)))
+
+
 def address(load: Expr) -> Expr:
     """Address of the element that ``load`` would read."""
     return tirx.address_of(load)
@@ -251,308 +297,12 @@ def release_tiles() -> Stmt:
     return tirx.Evaluate(tirx.call_extern("int32", "mmopt_release_tiles"))
 
 
-def importing(kernels: Iterable[MicroKernel], body: Stmt) -> Stmt:
+def importing(kernels: Iterable[MicroKernel | TilePhases], body: Stmt) -> Stmt:
     """``body`` with the code of ``kernels`` at hand."""
     wanted = list(dict.fromkeys(kernels))
     texts = [k.llvm() for k in wanted]
     if any(k.dot.tiled for k in wanted):
-        texts.append(_tile_functions())
+        texts.append(tile_functions())
     for text in texts:
         body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(text), body)
     return body
-
-
-# -- LLVM text -------------------------------------------------------------------------------------------------
-
-_HEADER = (
-    "define i32 @{name}(ptr %c, i32 %cs32, ptr %a, i32 %as32, ptr %b, i32 %steps32, i32 %segments32, ptr %offsets, "
-    "ptr %ahead) alwaysinline {{"
-)
-
-_TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
-
-
-class _Writer:
-    """Lines of a function, with fresh names."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.declared: dict[str, None] = {}
-        self._count = 0
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-    def let(self, text: str) -> str:
-        """A fresh name for the value of ``text``."""
-        self._count += 1
-        name = f"%t{self._count}"
-        self.lines.append(f"  {name} = {text}")
-        return name
-
-    def at(self, base: str, offset: str | int) -> str:
-        return self.let(f"getelementptr i8, ptr {base}, i64 {offset}")
-
-    def declare(self, text: str) -> None:
-        self.declared[f"declare {text}"] = None
-
-
-@functools.cache
-def _write(kernel: MicroKernel) -> str:
-    w = _Writer()
-    (_Tiles if kernel.dot.tiled else _Vectors)(kernel, w).write()
-    return "\n".join([_HEADER.format(name=kernel.name), *w.lines, "}", *w.declared, ""])
-
-
-class _Kernel:
-    """Loops over segments and steps around what one step does. Sums are loop-carried values named by ``carried``."""
-
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
-        self.kernel, self.dot, self.w = kernel, kernel.dot, writer
-        self.step_bytes = self.dot.step * itemsize(self.dot.a)
-        self.panel_bytes = kernel.columns * self.dot.step * itemsize(self.dot.b)
-
-    def start(self) -> list[tuple[str, str]]:
-        """Values (type, name) of the sums at the beginning."""
-        raise NotImplementedError
-
-    def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
-        """Code of one step; gives the new sums."""
-        raise NotImplementedError
-
-    def finish(self, sums: Sequence[str]) -> None:
-        """Store the sums."""
-        raise NotImplementedError
-
-    def write(self) -> None:
-        w, indexed = self.w, self.kernel.indexed
-        w.line("entry:")
-        for name in ("cs", "as", "steps", "segments"):
-            w.line(f"  %{name} = sext i32 %{name}32 to i64")
-        first = self.start()
-        types = [t for t, _ in first]
-        w.line("  br label %segment" if indexed else "  br label %step")
-        if indexed:
-            self._segment_head(first)
-            entry = "segment"
-            before = [f"%s{n}" for n in range(len(first))]
-            a, b, ahead = "%a0", "%b0", "%p0"
-        else:
-            entry, before, a, b, ahead = "entry", [v for _, v in first], "%a", "%b", "%ahead"
-        w.line("step:")
-        w.line(f"  %k = phi i64 [ 0, %{entry} ], [ %k1, %step ]")
-        for pointer, base in (("ak", a), ("bk", b), ("pk", ahead)):
-            w.line(f"  %{pointer} = phi ptr [ {base}, %{entry} ], [ %{pointer}1, %step ]")
-        for n, (kind, value) in enumerate(zip(types, before, strict=True)):
-            w.line(f"  %x{n} = phi {kind} [ {value}, %{entry} ], [ %y{n}, %step ]")
-        self._prefetch()
-        after = self.step("%ak", "%bk", [f"%x{n}" for n in range(len(first))])
-        for n, (kind, value) in enumerate(zip(types, after, strict=True)):
-            w.line(f"  %y{n} = bitcast {kind} {value} to {kind}")
-        w.line(f"  %ak1 = getelementptr i8, ptr %ak, i64 {self.step_bytes}")
-        w.line(f"  %bk1 = getelementptr i8, ptr %bk, i64 {self.panel_bytes}")
-        w.line(f"  %pk1 = getelementptr i8, ptr %pk, i64 {64 * self.kernel.prefetch}")
-        w.line("  %k1 = add i64 %k, 1")
-        w.line("  %more = icmp ult i64 %k1, %steps")
-        w.line(f"  br i1 %more, label %step, label %{'next' if indexed else 'done'}")
-        if indexed:
-            self._segment_tail()
-        w.line("done:")
-        self.finish([f"%y{n}" for n in range(len(first))])
-        w.line("  ret i32 0")
-
-    def _segment_head(self, first: Sequence[tuple[str, str]]) -> None:
-        w = self.w
-        w.line("segment:")
-        w.line("  %s = phi i64 [ 0, %entry ], [ %s_next, %next ]")
-        w.line("  %b0 = phi ptr [ %b, %entry ], [ %bk1, %next ]")
-        w.line("  %p0 = phi ptr [ %ahead, %entry ], [ %pk1, %next ]")
-        for n, (kind, value) in enumerate(first):
-            w.line(f"  %s{n} = phi {kind} [ {value}, %entry ], [ %y{n}, %next ]")
-        w.line("  %slot = getelementptr i64, ptr %offsets, i64 %s")
-        w.line("  %offset = load i64, ptr %slot, align 8")
-        w.line("  %a0 = getelementptr i8, ptr %a, i64 %offset")
-        w.line("  br label %step")
-
-    def _segment_tail(self) -> None:
-        self.w.line("next:")
-        self.w.line("  %s_next = add i64 %s, 1")
-        self.w.line("  %again = icmp ult i64 %s_next, %segments")
-        self.w.line("  br i1 %again, label %segment, label %done")
-
-    def _prefetch(self) -> None:
-        for n in range(self.kernel.prefetch):
-            self.w.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-            where = self.w.at("%pk", 64 * n)
-            self.w.line(f"  call void @llvm.prefetch.p0(ptr {where}, i32 0, i32 2, i32 1)")
-
-
-class _Vectors(_Kernel):
-    """Sums in vector registers; A is broadcast, one group at a time."""
-
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
-        super().__init__(kernel, writer)
-        self.lanes = self.dot.lanes
-        self.sum_type = f"<{self.lanes} x {_TYPES[self.dot.total]}>"
-
-    def start(self) -> list[tuple[str, str]]:
-        zero = [(self.sum_type, "zeroinitializer")] * (self.kernel.rows * self.kernel.vectors)
-        if not self.kernel.accumulate:
-            return zero
-        return [(self.sum_type, self.w.let(f"load {self.sum_type}, ptr {place}, align 4")) for place in self._places()]
-
-    def _places(self) -> list[str]:
-        """Where the sums lie in C."""
-        found = []
-        for row in self._rows("%c", "%cs"):
-            found += [self.w.at(row, v * self.lanes * 4) for v in range(self.kernel.vectors)]
-        return found
-
-    def _rows(self, base: str, stride: str) -> list[str]:
-        found = [base]
-        for _ in range(1, self.kernel.rows):
-            found.append(self.w.at(found[-1], stride))
-        return found
-
-    def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
-        vectors = self.kernel.vectors
-        width = self.lanes * self.dot.group * itemsize(self.dot.b)
-        columns = [self._column(self.w.at(b, v * width)) for v in range(vectors)]
-        after = []
-        for r, row in enumerate(self._rows(a, "%as")):
-            value = self._broadcast(row)
-            after += [self._dot(sums[r * vectors + v], value, columns[v]) for v in range(vectors)]
-        return after
-
-    def finish(self, sums: Sequence[str]) -> None:
-        for place, value in zip(self._places(), sums, strict=True):
-            self.w.line(f"  store {self.sum_type} {value}, ptr {place}, align 4")
-
-    def _column(self, place: str) -> str:
-        """A vector of B in the form the instruction takes it."""
-        w, dot, lanes = self.w, self.dot, self.lanes
-        count, kind = lanes * dot.group, _TYPES[dot.b]
-        loaded = w.let(f"load <{count} x {kind}>, ptr {place}, align 1")
-        if dot.name == "vpmaddwd":
-            return w.let(f"sext <{count} x i8> {loaded} to <{count} x i16>")
-        if dot.name == "fma" and dot.b == "int8":
-            wide = w.let(f"sext <{lanes} x i8> {loaded} to <{lanes} x i32>")
-            return w.let(f"sitofp <{lanes} x i32> {wide} to <{lanes} x float>")
-        if dot.name == "fma" and dot.b == "bfloat16":
-            wide = w.let(f"zext <{lanes} x i16> {loaded} to <{lanes} x i32>")
-            high = w.let(f"shl <{lanes} x i32> {wide}, splat (i32 16)")
-            return w.let(f"bitcast <{lanes} x i32> {high} to <{lanes} x float>")
-        return loaded
-
-    def _broadcast(self, place: str) -> str:
-        """One group of A in every lane."""
-        w, dot, lanes = self.w, self.dot, self.lanes
-        if dot.name == "fma":
-            return self._splat(w.let(f"load float, ptr {place}, align 1"), "float")
-        value = self._splat(w.let(f"load i32, ptr {place}, align 1"), "i32")
-        kind = {"vpdpbusd": "i8", "vpmaddwd": "i16", "vdpbf16ps": "bfloat"}[dot.name]
-        return w.let(f"bitcast <{lanes} x i32> {value} to <{lanes * dot.group} x {kind}>")
-
-    def _splat(self, value: str, kind: str) -> str:
-        one = self.w.let(f"insertelement <{self.lanes} x {kind}> poison, {kind} {value}, i64 0")
-        shuffle = f"shufflevector <{self.lanes} x {kind}> {one}, <{self.lanes} x {kind}> poison"
-        return self.w.let(f"{shuffle}, <{self.lanes} x i32> zeroinitializer")
-
-    def _dot(self, total: str, a: str, b: str) -> str:
-        w, lanes, bits = self.w, self.lanes, self.lanes * 32
-        vector = f"<{lanes * self.dot.group} x "
-        if self.dot.name == "fma":
-            kind = f"<{lanes} x float>"
-            w.declare(f"{kind} @llvm.fma.v{lanes}f32({kind}, {kind}, {kind})")
-            return w.let(f"call {kind} @llvm.fma.v{lanes}f32({kind} {a}, {kind} {b}, {kind} {total})")
-        if self.dot.name == "vpmaddwd":
-            name = "llvm.x86.avx512.pmaddw.d.512" if bits == 512 else "llvm.x86.avx2.pmadd.wd"
-            w.declare(f"<{lanes} x i32> @{name}({vector}i16>, {vector}i16>)")
-            products = w.let(f"call <{lanes} x i32> @{name}({vector}i16> {a}, {vector}i16> {b})")
-            return w.let(f"add <{lanes} x i32> {total}, {products}")
-        name, kind = f"llvm.x86.avx512.vpdpbusd.{bits}", "i8>"
-        if self.dot.name == "vdpbf16ps":
-            name, kind = f"llvm.x86.avx512bf16.dpbf16ps.{bits}", "bfloat>"
-            b = w.let(f"bitcast {vector}i16> {b} to {vector}bfloat>")
-        result = self.sum_type
-        w.declare(f"{result} @{name}({result}, {vector}{kind}, {vector}{kind})")
-        return w.let(f"call {result} @{name}({result} {total}, {vector}{kind} {a}, {vector}{kind} {b})")
-
-
-class _Tiles(_Kernel):
-    """Sums in AMX tiles 0 to 3, two rows of tiles by two columns; 4 and 5 hold A, 6 and 7 hold B."""
-
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
-        super().__init__(kernel, writer)
-        self.blocks = -(-kernel.rows // TILE_ROWS)
-        for name, arguments in (("tilezero", "i8 immarg"), ("tileloadd64", "i8 immarg, ptr, i64")):
-            writer.declare(f"void @llvm.x86.{name}({arguments})")
-        writer.declare("void @llvm.x86.tilestored64(i8 immarg, ptr, i64)")
-        writer.declare(f"void @llvm.x86.{self.dot.name}(i8 immarg, i8 immarg, i8 immarg)")
-
-    def _each(self) -> list[tuple[int, int]]:
-        return [(r, v) for r in range(self.blocks) for v in range(self.kernel.vectors)]
-
-    def _below(self, base: str, stride: str, block: int) -> str:
-        """Address of the first row of a block of rows."""
-        if not block:
-            return base
-        return self.w.at(base, self.w.let(f"mul i64 {stride}, {TILE_ROWS * block}"))
-
-    def start(self) -> list[tuple[str, str]]:
-        for r, v in self._each():
-            if self.kernel.accumulate:
-                place = self.w.at(self._below("%c", "%cs", r), v * TILE_BYTES)
-                self.w.line(f"  call void @llvm.x86.tileloadd64(i8 {2 * r + v}, ptr {place}, i64 %cs)")
-            else:
-                self.w.line(f"  call void @llvm.x86.tilezero(i8 {2 * r + v})")
-        return []
-
-    def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
-        w, row = self.w, self.kernel.vectors * TILE_BYTES
-        for v in range(self.kernel.vectors):
-            w.line(f"  call void @llvm.x86.tileloadd64(i8 {6 + v}, ptr {w.at(b, v * TILE_BYTES)}, i64 {row})")
-        for r in range(self.blocks):
-            w.line(f"  call void @llvm.x86.tileloadd64(i8 {4 + r}, ptr {self._below(a, '%as', r)}, i64 %as)")
-            for v in range(self.kernel.vectors):
-                w.line(f"  call void @llvm.x86.{self.dot.name}(i8 {2 * r + v}, i8 {4 + r}, i8 {6 + v})")
-        return []
-
-    def finish(self, sums: Sequence[str]) -> None:
-        for r, v in self._each():
-            place = self.w.at(self._below("%c", "%cs", r), v * TILE_BYTES)
-            self.w.line(f"  call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 %cs)")
-
-
-@functools.cache
-def _tile_functions() -> str:
-    """Functions that shape and release tiles: palette 1, rows at byte 48 + n, bytes of a row at 16 + 2n."""
-    w = _Writer()
-    w.line("define i32 @mmopt_configure_tiles(i32 %rows, i32 %step) alwaysinline {")
-    w.line("  %m = alloca [64 x i8], align 64")
-    w.line("  store <64 x i8> zeroinitializer, ptr %m, align 64")
-    w.line("  store i8 1, ptr %m")
-    w.line("  %first = call i32 @llvm.umin.i32(i32 %rows, i32 16)")
-    w.line("  %left = sub i32 %rows, %first")
-    w.line("  %second = call i32 @llvm.umax.i32(i32 %left, i32 1)")
-    w.line("  %depth = udiv i32 %step, 4")
-    for name in ("first", "second", "depth"):
-        w.line(f"  %{name}8 = trunc i32 %{name} to i8")
-    w.line("  %step16 = trunc i32 %step to i16")
-    for tile in range(8):
-        rows = "%depth8" if tile >= 6 else "%second8" if tile in (2, 3, 5) else "%first8"
-        width = "%step16" if tile in (4, 5) else str(TILE_BYTES)
-        w.line(f"  store i8 {rows}, ptr {w.at('%m', 48 + tile)}")
-        w.line(f"  store i16 {width}, ptr {w.at('%m', 16 + 2 * tile)}")
-    w.line("  call void @llvm.x86.ldtilecfg(ptr %m)")
-    w.line("  ret i32 0")
-    w.line("}")
-    w.line("define i32 @mmopt_release_tiles() alwaysinline {")
-    w.line("  call void @llvm.x86.tilerelease()")
-    w.line("  ret i32 0")
-    w.line("}")
-    for declared in ("i32 @llvm.umin.i32(i32, i32)", "i32 @llvm.umax.i32(i32, i32)"):
-        w.line(f"declare {declared}")
-    w.line("declare void @llvm.x86.ldtilecfg(ptr)")
-    w.line("declare void @llvm.x86.tilerelease()")
-    return "\n".join([*w.lines, ""])

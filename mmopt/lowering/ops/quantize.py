@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import onnx_ir as ir
 from tvm import tirx
 from tvm.ir import Expr
@@ -42,8 +43,28 @@ def parameter(node: OpNode, value: Value, data: Value) -> Parameter:
 def rounded(x: Expr, scale: Expr, zero: Expr | None, dtype: str, bits: int | None = None) -> Expr:
     """``saturate(round(x / scale) + zero)``, halves to even."""
     wide = str(x.ty)
-    quotient = tirx.nearbyint(x / scale)
+    quotient = tirx.nearbyint(divided(x, scale))
     return saturated(quotient if zero is None else quotient + zero.astype(wide), dtype, bits)
+
+
+def divided(x: Expr, scale: Expr) -> Expr:
+    """``x / scale`` as far as it matters before rounding to an integer of at most 16 bits.
+
+    A known scale is divided by in multiplications: the first quotient's error is computed exactly, for the compiler
+    fuses ``x - first · scale``, and corrected (Markstein, 1990). Beyond 2²⁰ only the sign has to be right.
+    """
+    if not isinstance(scale, tirx.FloatImm) or str(x.ty) != "float32":
+        return x / scale
+    step = np.float32(scale.value)
+    with np.errstate(all="ignore"):
+        inverse = np.float32(1) / step
+    if not (np.isfinite(inverse) and abs(inverse) < 2.0**100 and abs(step) < 2.0**100):
+        return x / scale
+    reciprocal, bound = tirx.const(float(inverse), "float32"), tirx.const(2.0**20, "float32")
+    first = tirx.max(tirx.min(x * reciprocal, bound), tirx.const(-(2.0**20), "float32"))
+    if float(inverse) * float(step) == 1.0:  # a power of two
+        return first
+    return first + (x - first * scale) * reciprocal
 
 
 def _each(node: OpNode, data: Value, dtype: str, rule: Callable[[Expr, Sequence[Expr]], Expr], name: str) -> Value:

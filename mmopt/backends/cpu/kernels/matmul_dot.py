@@ -5,13 +5,14 @@
 B is constant and packed into panels of a few vectors of columns (see :func:`mmopt.backends.cpu.dot.pack`). A block of
 rows that stays in the second-level cache meets panel after panel; while one panel is at work, the next one is fetched.
 The sums of a tile pass through a small buffer, from which the epilogue (zero points, scales, bias, activation, the next
-quantization) takes them while they are in the first-level cache.
+quantization) takes them while they are in the first-level cache. With AMX the epilogue of one tile is done between the
+steps of the next: the unit that multiplies tiles and those that work on vectors run at the same time.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -19,13 +20,22 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.choosing import Candidate, Workload
-from mmopt.backends.cpu.dot import Dot, MicroKernel, address, configure_tiles, importing, release_tiles
+from mmopt.backends.cpu.dot import (
+    Dot,
+    MicroKernel,
+    TilePhases,
+    address,
+    configure_tiles,
+    importing,
+    release_tiles,
+)
+from mmopt.backends.cpu.dot_code import TILE_ROWS
 from mmopt.backends.cpu.kernels.tile import spans
 from mmopt.backends.cpu.loops import i64, loop, seq, split_index, static, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
 
-MAX_TASKS = 64
+MAX_TASKS = 16
 """Parallel pieces at most; each sets up the tiles once."""
 
 FORK_CYCLES = 16384
@@ -43,12 +53,14 @@ class Blocking:
         vectors: Vectors of columns in a tile and a panel.
         chunk: Rows, a multiple of ``rows``, that meet all panels before the next rows do.
         prefetch: Cache lines of the next panel fetched in each step of the depth.
+        near: Steps by which AMX kernels fetch rows of A into the first-level cache ahead of their use; 0 for never.
     """
 
     rows: int
     vectors: int
     chunk: int
     prefetch: int
+    near: int = 0
 
     def parameters(self) -> dict[str, int | str | bool]:
         """As parameters of a candidate."""
@@ -75,7 +87,8 @@ def candidates(profile: Profile, dot: Dot, rows: int, columns: int, depth: int) 
         lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // LINE)
         ahead = -(-lines // max(1, -(-min(chunk, rows) // height)))
         cycles = _cycles(profile, dot, (rows, columns, depth), height, vectors)
-        cuts = [Blocking(height, vectors, chunk, lines) for lines in dict.fromkeys((ahead, 0))]
+        near = (0, 2) if dot.tiled and dot.depth(depth) >= 4 * dot.step else (0,)
+        cuts = [Blocking(height, vectors, chunk, n, m) for n in dict.fromkeys((ahead, 0)) for m in near]
         found += [Candidate(cut.parameters(), cycles) for cut in cuts]
     return found
 
@@ -153,9 +166,9 @@ class _Emitter:
         self.width = self.cut.vectors * self.dot.lanes
         self.panels = -(-nest.columns // self.width)
         self.steps = nest.depth // self.dot.step
-        self.kernels: list[MicroKernel] = []
-        size = self.cut.rows * self.width
-        self.sums = tirx.decl_buffer((i64(size),), self.dot.total, "sums")
+        self.kernels: list[MicroKernel | TilePhases] = []
+        self.size = self.cut.rows * self.width
+        self.sums = tirx.decl_buffer((i64(self.size * (2 if self.dot.tiled else 1)),), self.dot.total, "sums")
 
     def emit(self) -> Stmt:
         nest = self.nest
@@ -200,6 +213,8 @@ class _Emitter:
         """``tiles`` tiles of rows for each of the panels; tiles of ``count`` rows when given."""
         height = self.cut.rows if count is None else static(count) or self.cut.rows
         present = i64(height) if count is None else count
+        if self.dot.tiled:
+            return self._overlapped(first, tiles, panel, each, height, present)
 
         def one(p: Expr) -> Stmt:
             return loop(tiles, lambda t: self._tile(first + t * height, t, p, height, present), name="tile")
@@ -208,8 +223,19 @@ class _Emitter:
             exact = self.panels % each == 0
             return one(panel + p) if exact else when(panel + p < self.panels, one(panel + p))
 
-        shape = configure_tiles(present) if self.dot.tiled else None
-        return seq(shape, loop(each, guarded, name="panel"))
+        return loop(each, guarded, name="panel")
+
+    def _overlapped(self, first: Expr, tiles: Expr, panel: Expr, each: int, height: int, present: Expr) -> Stmt:
+        """Tiles of all panels in a row; the results of each are handed over during the next."""
+        panels = i64(each) if self.panels % each == 0 else tirx.min(i64(each), self.panels - panel)
+
+        def run(rows: int) -> Stmt:
+            return _Overlap(self, rows, present, tiles, panels).emit(first, panel)
+
+        body = run(height)
+        if static(present) is None and height > TILE_ROWS:  # tiles of the second half may have no rows
+            body = when(present > TILE_ROWS, body, run(TILE_ROWS))
+        return seq(configure_tiles(present), body)
 
     def _tile(self, row: Expr, number: Expr, panel: Expr, height: int, present: Expr) -> Stmt:
         """One tile of ``height`` rows, ``present`` of which are there."""
@@ -220,14 +246,7 @@ class _Emitter:
 
     def _partial(self, row: Expr, number: Expr, panel: Expr, present: Expr) -> Stmt:
         """A tile whose number of rows is known at run time only."""
-        height = self.cut.rows
-        if self.dot.tiled:  # tiles are configured to touch no more rows; those of the second half may have none
-            start = address(self.nest.a[row, i64(0)])
-            multiply = self._multiply(start, number, panel, height)
-            if height > 16:
-                multiply = when(present > 16, multiply, self._multiply(start, number, panel, 16))
-            return seq(multiply, self._hand_over(row, panel, present))
-        depth = self.nest.depth
+        height, depth = self.cut.rows, self.nest.depth
         copy = tirx.decl_buffer((i64(height * depth),), self.nest.a.dtype, "rows")
 
         def element(r: Expr, k: Expr) -> Stmt:
@@ -249,23 +268,106 @@ class _Emitter:
         return kernel.call(address(self.sums[zero]), self.width * 4, start, stride, here, self.steps, ahead=ahead)
 
     def _hand_over(self, row: Expr, panel: Expr, present: Expr) -> Stmt:
+        return self.by_width(panel, lambda width: loop(present, lambda i: self.row(row, i, panel, width), name="i"))
+
+    def by_width(self, panel: Expr, make: Callable[[int], Stmt]) -> Stmt:
+        """``make`` for the columns that ``panel`` has: the last one may have fewer."""
         full, rest = divmod(self.nest.columns, self.width)
         if not rest:
-            return self._deliver(row, panel, present, self.width)
-        last = self._deliver(row, panel, present, rest)
-        return when(panel < full, self._deliver(row, panel, present, self.width), last) if full else last
+            return make(self.width)
+        return when(panel < full, make(self.width), make(rest)) if full else make(rest)
 
-    def _deliver(self, row: Expr, panel: Expr, present: Expr, width: int) -> Stmt:
-        lanes = self.dot.lanes
+    def row(self, first: Expr, i: Expr, panel: Expr, width: int, offset: Expr | None = None) -> Stmt:
+        """Hand over row ``i`` of a tile that starts at row ``first``; its sums start at ``offset``."""
+        lanes, at = self.dot.lanes, split_index(first + i, self.nest.out_rows)
+        start = i * self.width if offset is None else offset + i * self.width
 
-        def vectors(i: Expr) -> Iterator[Stmt]:
-            at = split_index(row + i, self.nest.out_rows)
+        def vectors() -> Iterator[Stmt]:
             for n, used in enumerate(spans(width, lanes)):
 
                 def element(v: Expr, n: int = n) -> Stmt:
-                    column = panel * self.width + n * lanes + v
-                    return self.sink((*at, column), self.sums[i * self.width + n * lanes + v])
+                    return self.sink((*at, panel * self.width + n * lanes + v), self.sums[start + n * lanes + v])
 
                 yield loop(used, element, "vectorized", "v")
 
-        return loop(present, lambda i: seq(*vectors(i)), name="i")
+        return seq(*vectors())
+
+    def addresses(self, row: Expr, tile: Expr, panel: Expr, step: Expr) -> tuple[Expr, Expr, Expr]:
+        """Addresses of a step in A and in B, and of what to fetch ahead meanwhile."""
+        group = self.dot.step // self.dot.group
+        share = self.cut.prefetch * LINE * group // (self.width * self.dot.step * itemsize(self.dot.b))
+        b, zero = self.nest.b, i64(0)
+        here = address(b[panel, step * group, zero, zero])
+        ahead = address(b[panel + 1, (tile * self.steps + step) * share, zero, zero]) if share else here
+        return address(self.nest.a[row, step * self.dot.step]), here, ahead
+
+
+class _Overlap:
+    """A sequence of tiles in which each one's results are handed over between the steps of the next.
+
+    Args:
+        emitter: The product.
+        height: Rows the code is for.
+        present: Rows that are there.
+        tiles: Tiles of one panel.
+        panels: Panels.
+    """
+
+    def __init__(self, emitter: _Emitter, height: int, present: Expr, tiles: Expr, panels: Expr) -> None:
+        self.emitter, self.present, self.tiles = emitter, present, tiles
+        self.height = height
+        self.count = simplify(tiles * panels)
+        self.each = -(-height // emitter.steps)
+        cut = emitter.cut
+        self.kernel = TilePhases(emitter.dot, height, cut.vectors, cut.prefetch, near=cut.near > 0)
+        emitter.kernels.append(self.kernel)
+
+    def emit(self, first: Expr, panel: Expr) -> Stmt:
+        """One round more than there are tiles: the last only hands over."""
+
+        def place(number: Expr) -> tuple[Expr, Expr]:
+            return first + tirx.floormod(number, self.tiles) * self.height, panel + tirx.floordiv(number, self.tiles)
+
+        def turn(number: Expr) -> Stmt:
+            there, some = number < self.count, number > 0
+            now, before = place(number), place(number - 1)
+            tile = tirx.floormod(number, self.tiles)
+
+            def step(k: Expr) -> Stmt:
+                multiply = when(there, self._step(now[0], tile, now[1], k, place(number + 1)[0]))
+                return seq(multiply, when(some, self._hand_over(*before, k, self._offset(number - 1))))
+
+            done = self.kernel.end(address(self.emitter.sums[self._offset(number)]), self.emitter.width * 4)
+            steps = loop(self.emitter.steps, step, name="k")
+            return seq(when(there, self.kernel.begin()), steps, when(there, done))
+
+        return loop(self.count + 1, turn, name="tile")
+
+    def _offset(self, number: Expr) -> Expr:
+        return tirx.floormod(number, i64(2)) * self.emitter.size
+
+    def _step(self, row: Expr, tile: Expr, panel: Expr, k: Expr, following: Expr) -> Stmt:
+        """Step ``k`` of a tile; the one of rows from ``following`` comes next."""
+        emitter, dot = self.emitter, self.emitter.dot
+        a, b, ahead = emitter.addresses(row, tile, panel, k)
+        if not emitter.cut.near:
+            return self.kernel.step(a, emitter.nest.depth * itemsize(dot.a), b, ahead, a)
+        soon = k + emitter.cut.near
+        within = soon < emitter.steps
+        near = emitter.nest.a[
+            tirx.Select(within, row, following), tirx.Select(within, soon, soon - emitter.steps) * dot.step
+        ]
+        return self.kernel.step(a, emitter.nest.depth * itemsize(dot.a), b, ahead, address(near))
+
+    def _hand_over(self, row: Expr, panel: Expr, k: Expr, offset: Expr) -> Stmt:
+        """The rows that fall to step ``k``."""
+        start = k * self.each
+        count: Expr = i64(self.each)
+        if static(self.present) is None or self.height % self.each:
+            count = tirx.min(count, self.present - start)
+
+        def rows(width: int) -> Stmt:
+            return loop(count, lambda i: self.emitter.row(row, start + i, panel, width, offset), name="i")
+
+        body = self.emitter.by_width(panel, rows)
+        return body if self.each * self.emitter.steps <= self.height else when(start < self.present, body)
