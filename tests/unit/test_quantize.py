@@ -18,7 +18,13 @@ from mmopt.errors import UserError
 from mmopt.ir.module import Module
 from mmopt.ir.verify import verify
 from mmopt.pipeline.base import Pass, PassContext
-from mmopt.transforms.quantize import QuantizeDynamic, QuantizeStatic, QuantizeWeights
+from mmopt.transforms.quantize import (
+    EqualizeLayers,
+    QuantizeDynamic,
+    QuantizeStatic,
+    QuantizeWeights,
+    SmoothActivations,
+)
 from mmopt.transforms.quantize.encoding import bounds, encode, encode_weight, squared_error
 from mmopt.transforms.quantize.layers import layers
 from tests.canonical import count_ops, evaluate, module_from, ops
@@ -236,3 +242,86 @@ class TestArtifact:
         assert main.run([*arguments[:-2], "--precision", "int8", "--calib", "random"]) == 0
         assert "made up" in capsys.readouterr().err
         assert '"calib": "random"' in (tmp_path / "a.mmopt" / "manifest.json").read_text()
+
+
+class TestMigration:
+    @staticmethod
+    def skewed() -> Module:
+        """An MLP after a norm with channels of very different ranges."""
+        text = """g (float[4,32] x, float[32] g, float[32] b, float[32,24] w, float[32,24] v) => (float[4,24] y) {
+          n = LayerNormalization(x, g, b) a = MatMul(n, w) c = MatMul(n, v) d = Mul(a, c) y = Tanh(d) }"""
+        module = weights(module_from(text, opset=21), g=(32,), b=(32,), w=(32, 24), v=(32, 24))
+        gain = module.graph.initializers["g"]
+        data = np.ones(32, np.float32)
+        data[:2] = 60
+        gain.const_value = ir.tensor(data, name="g")
+        random = np.random.default_rng(3)
+        for name in ("w", "v"):
+            array = random.standard_normal((32, 24)).astype(np.float32) / 20
+            array[:2] /= 60
+            module.graph.initializers[name].const_value = ir.tensor(array, name=name)
+        return module
+
+    def test_smoothing_changes_nothing_but_rounding_and_helps(self) -> None:
+        x = {"x": feeds(7)[0]}
+        module = self.skewed()
+        context = PassContext(inputs={"x": feeds()})
+        assert SmoothActivations().run(module, context)
+        want = evaluate(self.skewed(), x)["y"]
+        np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-5)
+        plain = self.skewed()
+        assert QuantizeStatic().run(plain, PassContext(inputs={"x": feeds()}))
+        assert QuantizeStatic().run(module, PassContext(inputs={"x": feeds()}))
+        errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
+        assert errors[0] < 0.5 * errors[1]
+
+    def test_scales_follow_the_formula(self) -> None:
+        module = self.skewed()
+        found = collect(module, {"x": feeds()}).tensors["n"].channels
+        assert found is not None
+        tops = np.maximum(np.abs(found.low), np.abs(found.high))
+        both = [np.abs(module.graph.initializers[n].const_value.numpy()).max(axis=1) for n in "wv"]  # type: ignore[union-attr]
+        expected = tops**0.7 / np.maximum(*both) ** 0.3
+        assert SmoothActivations(alpha=0.7).run(module, PassContext(inputs={"x": feeds()}))
+        gain = module.graph[0].inputs[1].const_value.numpy()  # type: ignore[union-attr]
+        np.testing.assert_allclose(gain, self.skewed().graph[0].inputs[1].const_value.numpy() / expected, rtol=1e-5)  # type: ignore[union-attr]
+
+    def test_norm_that_others_read_is_left_alone(self) -> None:
+        text = """g (float[4,32] x, float[32] g, float[32] b, float[32,32] w) => (float[4,32] y) {
+          n = LayerNormalization(x, g, b) a = MatMul(n, w) y = Add(a, n) }"""
+        module = weights(module_from(text, opset=21), g=(32,), b=(32,), w=(32, 32))
+        assert SmoothActivations().run(module, PassContext(inputs={"x": feeds()})) is False
+
+    def test_wrong_use(self) -> None:
+        with pytest.raises(UserError, match="alpha is 2"):
+            SmoothActivations(alpha=2).run(self.skewed(), PassContext(inputs={"x": feeds()}))
+        with pytest.raises(UserError, match="nothing to calibrate on"):
+            SmoothActivations().run(self.skewed(), PassContext())
+
+    def test_layers_in_a_row_are_balanced(self) -> None:
+        text = """g (float[2,16,6,6] x, float[16,16,1,1] w, float[16] c, float[16,16,3,3] v) => (float[2,16,2,2] y) {
+          a = Conv(x, w, c) r = Relu(a) p = MaxPool<kernel_shape = [3, 3]>(r) y = Conv(p, v) }"""
+
+        def build() -> Module:
+            module = weights(module_from(text, opset=21), w=(16, 16, 1, 1), c=(16,), v=(16, 16, 3, 3))
+            spread = np.logspace(-2, 2, 16).astype(np.float32)
+            weight = module.graph.initializers["w"]
+            scaled = weight.const_value.numpy() * spread[:, None, None, None]  # type: ignore[union-attr]
+            weight.const_value = ir.tensor(scaled, name="w")
+            return module
+
+        module = build()
+        x = {"x": np.random.default_rng(0).standard_normal((2, 16, 6, 6)).astype(np.float32)}
+        assert EqualizeLayers().run(module, PassContext())
+        want = evaluate(build(), x)["y"]
+        np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-5 * np.abs(want).max())
+        first, second = (next(n for n in module.graph if n.op_type == "Conv" and n.outputs[0].name == o) for o in "ay")
+        rows = np.abs(first.inputs[1].const_value.numpy()).max(axis=(1, 2, 3))  # type: ignore[union-attr]
+        columns = np.abs(second.inputs[1].const_value.numpy()).max(axis=(0, 2, 3))  # type: ignore[union-attr]
+        np.testing.assert_allclose(rows, columns, rtol=1e-3)
+
+    def test_what_a_scale_does_not_pass_is_left_alone(self) -> None:
+        body = "a = MatMul(x, w) r = Tanh(a) y = MatMul(r, v)"
+        text = f"g (float[4,32] x, float[32,32] w, float[32,32] v) => (float[4,32] y) {{ {body} }}"
+        module = weights(module_from(text, opset=21), w=(32, 32), v=(32, 32))
+        assert EqualizeLayers().run(module, PassContext()) is False

@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import pathlib
 from typing import ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.analysis.calibration import Calibration, TensorStatistics, choose_range, collect, load
-from mmopt.errors import UserError
+from mmopt.analysis.calibration import TensorStatistics, choose_range
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
@@ -70,7 +69,7 @@ class QuantizeStatic(Pass):
                 chosen[layer.data].append(layer)
         if not chosen:
             return False
-        calibration = self._calibration(module, context)
+        calibration = calibration_of(self, self.stats, module, context)
         quantizer = Quantizer(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():
@@ -88,17 +87,6 @@ class QuantizeStatic(Pass):
         origin = f"{calibration.samples} {calibration.source} samples"
         self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
         return bool(done)
-
-    def _calibration(self, module: Module, context: PassContext) -> Calibration:
-        if self.stats:
-            return load(pathlib.Path(self.stats))
-        if context.inputs is None:
-            raise UserError(
-                "there is nothing to calibrate on",
-                where=self.name,
-                hint="give samples with --calib, or statistics of mmopt calibrate as the option stats",
-            )
-        return collect(module, context.inputs, source=context.samples_from)
 
     def _encoding(self, statistics: TensorStatistics | None) -> Encoding | None:
         if statistics is None or not statistics.count:

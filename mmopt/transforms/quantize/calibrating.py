@@ -1,0 +1,27 @@
+"""Where a pass gets its statistics from."""
+
+from __future__ import annotations
+
+import pathlib
+
+from mmopt.analysis.calibration import Calibration, collect, load
+from mmopt.errors import UserError
+from mmopt.ir.module import Module
+from mmopt.pipeline.base import Pass, PassContext
+
+
+def calibration_of(pass_: Pass, stats: str, module: Module, context: PassContext) -> Calibration:
+    """Statistics from a file, or from the samples of the run.
+
+    Raises:
+        UserError: There is nothing to calibrate on.
+    """
+    if stats:
+        return load(pathlib.Path(stats))
+    if context.inputs is None:
+        raise UserError(
+            "there is nothing to calibrate on",
+            where=pass_.name,
+            hint="give samples with --calib, or statistics of mmopt calibrate as the option stats",
+        )
+    return collect(module, context.inputs, source=context.samples_from)
