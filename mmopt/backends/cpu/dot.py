@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 import tvm.ir
@@ -297,11 +298,17 @@ def release_tiles() -> Stmt:
     return tirx.Evaluate(tirx.call_extern("int32", "mmopt_release_tiles"))
 
 
-def importing(kernels: Iterable[MicroKernel | TilePhases], body: Stmt) -> Stmt:
+class Code(Protocol):
+    """Something with functions in LLVM's language. Equal ones have equal text."""
+
+    def llvm(self) -> str: ...
+
+
+def importing(kernels: Iterable[Code], body: Stmt) -> Stmt:
     """``body`` with the code of ``kernels`` at hand."""
     wanted = list(dict.fromkeys(kernels))
     texts = [k.llvm() for k in wanted]
-    if any(k.dot.tiled for k in wanted):
+    if any(isinstance(k, MicroKernel | TilePhases) and k.dot.tiled for k in wanted):
         texts.append(tile_functions())
     for text in texts:
         body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(text), body)

@@ -25,7 +25,7 @@ _HEADER = (
 _TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
 
 
-class _Writer:
+class Writer:
     """Lines of a function, with fresh names."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class _Writer:
 @functools.cache
 def micro_kernel(kernel: MicroKernel) -> str:
     """A function of c, stride of c, a, stride of a, b, steps, segments, offsets, ahead."""
-    w = _Writer()
+    w = Writer()
     (_Tiles if kernel.dot.tiled else _Vectors)(kernel, w).write()
     return "\n".join([_HEADER.format(name=kernel.name), *w.lines, "}", *w.declared, ""])
 
@@ -61,7 +61,7 @@ def micro_kernel(kernel: MicroKernel) -> str:
 class _Kernel:
     """Loops over segments and steps around what one step does. Sums are loop-carried values named by ``carried``."""
 
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
+    def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
         self.kernel, self.dot, self.w = kernel, kernel.dot, writer
         self.step_bytes = self.dot.step * itemsize(self.dot.a)
         self.panel_bytes = kernel.columns * self.dot.step * itemsize(self.dot.b)
@@ -144,7 +144,7 @@ class _Kernel:
 class _Vectors(_Kernel):
     """Sums in vector registers; A is broadcast, one group at a time."""
 
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
+    def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
         super().__init__(kernel, writer)
         self.lanes = self.dot.lanes
         self.sum_type = f"<{self.lanes} x {_TYPES[self.dot.total]}>"
@@ -236,7 +236,7 @@ class _Vectors(_Kernel):
 class _Tiles(_Kernel):
     """Sums in AMX tiles 0 to 3, two rows of tiles by two columns; 4 and 5 hold A, 6 and 7 hold B."""
 
-    def __init__(self, kernel: MicroKernel, writer: _Writer) -> None:
+    def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
         super().__init__(kernel, writer)
         self.blocks = -(-kernel.rows // TILE_ROWS)
         for name, arguments in (("tilezero", "i8 immarg"), ("tileloadd64", "i8 immarg, ptr, i64")):
@@ -294,7 +294,7 @@ class _Tiles(_Kernel):
 @functools.cache
 def tile_phases(kernel: TilePhases) -> str:
     """Three functions: ``begin()``, ``step(a, stride of a, b, ahead, near)`` and ``end(c, stride of c)``."""
-    w = _Writer()
+    w = Writer()
     whole = kernel.whole
     tiles = _Tiles(whole, w)
     parts = (
@@ -316,7 +316,7 @@ def tile_phases(kernel: TilePhases) -> str:
 @functools.cache
 def tile_functions() -> str:
     """Functions that shape and release tiles: palette 1, rows at byte 48 + n, bytes of a row at 16 + 2n."""
-    w = _Writer()
+    w = Writer()
     w.line("define i32 @mmopt_configure_tiles(i32 %rows, i32 %step) alwaysinline {")
     w.line("  %m = alloca [64 x i8], align 64")
     w.line("  store <64 x i8> zeroinitializer, ptr %m, align 64")

@@ -15,6 +15,7 @@ from mmopt.backends.cpu.dot import Dot, dot_for, pack
 from mmopt.backends.cpu.kernels.matmul_dot import Blocking, DotMatmul, candidates
 from mmopt.backends.cpu.loops import i64, product, static
 from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops.weight_only import weight_only_product
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import Quantized, Value
 
@@ -39,8 +40,9 @@ def narrow_product(node: OpNode, a: Value, b: Value) -> Value | None:
         return None if wide is None else _narrowed(node, wide)
     if a.dtype != "float32" or b.dtype != "float32":
         return None
-    if a.quantized is not None and b.quantized is not None:
-        return _quantized_product(node, a.quantized, b.quantized)
+    if b.quantized is not None:
+        made = None if a.quantized is None else _quantized_product(node, a.quantized, b.quantized)
+        return made or weight_only_product(node, a, b.quantized)
     if a.narrow is not None and b.narrow is not None and a.narrow.dtype == b.narrow.dtype == "bfloat16":
         return _bf16_product(node, a.narrow, b.narrow)
     return None

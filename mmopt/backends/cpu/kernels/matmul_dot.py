@@ -21,6 +21,7 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.choosing import Candidate, Workload
 from mmopt.backends.cpu.dot import (
+    Code,
     Dot,
     MicroKernel,
     TilePhases,
@@ -154,10 +155,10 @@ class DotMatmul(LoopNest):
 
     def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over chunks of rows × blocks of panels."""
-        return _Emitter(self, sinks[0]).emit()
+        return Emitter(self, sinks[0]).emit()
 
 
-class _Emitter:
+class Emitter:
     """Code of one product."""
 
     def __init__(self, nest: DotMatmul, sink: Sink) -> None:
@@ -166,7 +167,7 @@ class _Emitter:
         self.width = self.cut.vectors * self.dot.lanes
         self.panels = -(-nest.columns // self.width)
         self.steps = nest.depth // self.dot.step
-        self.kernels: list[MicroKernel | TilePhases] = []
+        self.kernels: list[Code] = []
         self.size = self.cut.rows * self.width
         self.sums = tirx.decl_buffer((i64(self.size * (2 if self.dot.tiled else 1)),), self.dot.total, "sums")
 
@@ -241,7 +242,7 @@ class _Emitter:
         """One tile of ``height`` rows, ``present`` of which are there."""
         if static(present) is None:
             return self._partial(row, number, panel, present)
-        multiply = self._multiply(address(self.nest.a[row, i64(0)]), number, panel, height)
+        multiply = self.multiply(address(self.nest.a[row, i64(0)]), number, panel, height)
         return seq(multiply, self._hand_over(row, panel, present))
 
     def _partial(self, row: Expr, number: Expr, panel: Expr, present: Expr) -> Stmt:
@@ -253,10 +254,11 @@ class _Emitter:
             return tirx.BufferStore(copy, self.nest.a[row + r, k], [r * depth + k])
 
         fill = loop(present, lambda r: loop(depth, lambda k: element(r, k), name="k"), name="r")
-        multiply = self._multiply(address(copy[i64(0)]), number, panel, height)
+        multiply = self.multiply(address(copy[i64(0)]), number, panel, height)
         return seq(tirx.AllocBuffer(copy), fill, multiply, self._hand_over(row, panel, present))
 
-    def _multiply(self, start: Expr, number: Expr, panel: Expr, height: int) -> Stmt:
+    def multiply(self, start: Expr, number: Expr, panel: Expr, height: int) -> Stmt:
+        """Code of one tile whose first row of A is at ``start``."""
         kernel = MicroKernel(self.dot, height, self.cut.vectors, prefetch=self.cut.prefetch)
         self.kernels.append(kernel)
         stride = self.nest.depth * itemsize(self.nest.a.dtype)
@@ -313,7 +315,7 @@ class _Overlap:
         panels: Panels.
     """
 
-    def __init__(self, emitter: _Emitter, height: int, present: Expr, tiles: Expr, panels: Expr) -> None:
+    def __init__(self, emitter: Emitter, height: int, present: Expr, tiles: Expr, panels: Expr) -> None:
         self.emitter, self.present, self.tiles = emitter, present, tiles
         self.height = height
         self.count = simplify(tiles * panels)
