@@ -1,9 +1,11 @@
-"""Whole reference models: mmopt's artifacts against onnxruntime, OpenVINO and torch.compile, in turns, all in fp32.
+"""Whole reference models: mmopt's artifacts against onnxruntime, OpenVINO and torch.compile, in turns, all in fp32,
+or all in bf16.
 
 ``python -m benchmarks.models [--models bert-base,…] [--against onnxruntime,openvino,torch.compile] [--json FILE]``
 
 Every peer runs the model as it was exported, not what mmopt made of it, on the same inputs with the same number of
-threads. A model is measured only when all answers agree.
+threads. With ``--precision bf16`` OpenVINO gets its hint for that, and torch its autocast; onnxruntime, which has no
+such arithmetic on CPUs, is left out. A model is measured only when all answers agree.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from mmopt.runtime.cpu import default_threads
 
 SCHEMA_VERSION = 1
 OURS = "mmopt"
-TOLERANCE = 1e-3
+TOLERANCES = {"fp32": 1e-3, "bf16": 8e-2}
+"""Error allowed between answers by precision, of the range; in bf16 both sides round in places of their own."""
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 BUILDER = "build_"
 
 
@@ -91,7 +96,9 @@ def _measure_all(names: Sequence[str], peers: Sequence[str], options: argparse.N
             code = code or error.exit_code
     _print(reports, peers, failed)
     if options.json is not None:
-        options.json.write_text(json.dumps(as_json(reports, failed, options.threads), indent=1) + "\n")
+        options.json.write_text(
+            json.dumps(as_json(reports, failed, options.threads, options.precision), indent=1) + "\n"
+        )
     return code or (5 if any(report.disagreements for report in reports.values()) else 0)
 
 
@@ -103,28 +110,32 @@ def measure(model: ZooModel, peers: Sequence[str], options: argparse.Namespace, 
         BackendError: mmopt cannot compile or run it.
     """
     source = model.export(work / "models", batch=options.batch)
-    artifact = work / "artifacts" / f"{model.name}-b{options.batch}.mmopt"
+    suffix = "" if options.precision == "fp32" else f"-{options.precision}"
+    artifact = work / "artifacts" / f"{model.name}-b{options.batch}{suffix}.mmopt"
     if not (options.reuse and artifact.exists()):
-        _optimize(source, artifact)
+        _optimize(source, artifact, options.precision)
     sources = {"onnx": str(source)}
     if not isinstance(model, FileModel):
         sources["torch"] = f"{__spec__.name}:{BUILDER}{model.name}"
-    others, left_out = peer_specs(peers, sources, options.threads)
+    able = [peer for peer in peers if peer != "onnxruntime" or options.precision == "fp32"]
+    others, left_out = peer_specs(able, sources, options.threads, options.precision)
+    left_out.update({peer: f"it has no {options.precision} arithmetic on CPUs" for peer in peers if peer not in able})
     if isinstance(model, FileModel):
         left_out.update({peer: "the model is an ONNX file" for peer in left_out if peer.startswith("torch")})
     return benchmark(
         [Spec("mmopt", OURS, str(artifact), options.threads), *others],
         model.inputs(options.batch),
-        Options(Plan(options.rounds, options.time), options.starts, tolerance=TOLERANCE),
+        Options(Plan(options.rounds, options.time), options.starts, tolerance=TOLERANCES[options.precision]),
         left_out=left_out,
         inputs_from="the zoo",
     )
 
 
-def _optimize(source: pathlib.Path, artifact: pathlib.Path) -> None:
+def _optimize(source: pathlib.Path, artifact: pathlib.Path, precision: str) -> None:
     """As a user would, in a process of its own, so that the compiler's memory is gone before anything is measured."""
     artifact.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mmopt.cli.main", "optimize", str(source), "-o", str(artifact), "-q"]
+    command += ["--precision", precision]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise BackendError(f"mmopt optimize exits {done.returncode}: {done.stderr.strip()[-2000:]}", where=str(source))
@@ -141,7 +152,9 @@ def geometric_means(reports: Iterable[Report]) -> dict[str, tuple[float, int]]:
     return {label: (geometric_mean(values), len(values)) for label, values in ratios.items()}
 
 
-def as_json(reports: dict[str, Report], failed: dict[str, str], threads: int) -> dict[str, Any]:
+def as_json(
+    reports: dict[str, Report], failed: dict[str, str], threads: int, precision: str = "fp32"
+) -> dict[str, Any]:
     """Everything, for a file."""
     means = {
         label: {"ratio": ratio, "models": count} for label, (ratio, count) in geometric_means(reports.values()).items()
@@ -151,7 +164,7 @@ def as_json(reports: dict[str, Report], failed: dict[str, str], threads: int) ->
         "kind": "mmopt-models",
         "machine": machine.facts(),
         "threads": threads,
-        "dtype": "float32",
+        "dtype": DTYPES[precision],
         "models": {name: report.to_json() for name, report in reports.items()},
         "geometric_means": means,
         "failed": failed,
@@ -208,6 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.models", description=__doc__.split("\n")[0])
     parser.add_argument("--models", default="", metavar="NAMES", help="with commas; default: the whole zoo")
     parser.add_argument("--against", default="onnxruntime,openvino,torch.compile", metavar="PEERS", help="with commas")
+    parser.add_argument("--precision", default="fp32", choices=TOLERANCES, help="of every contender (%(default)s)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of every contender (%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="batch size (%(default)s)")
     parser.add_argument("--rounds", type=int, default=Plan.rounds, help="turns of every contender (%(default)s)")

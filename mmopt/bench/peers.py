@@ -51,7 +51,8 @@ class Spec:
         label: Its name in tables; unique in one run.
         source: An artifact, an ``.onnx`` or ``.pt2`` file, or ``module:function`` (torch only, runs that code).
         threads: Threads it may use.
-        precision: Precision OpenVINO is told to compute in. Left to itself it takes bf16 where the CPU has it.
+        precision: Precision OpenVINO and torch are told to compute in. Left to itself OpenVINO takes bf16 where the
+            CPU has it. onnxruntime computes in what the model says.
     """
 
     kind: str
@@ -189,15 +190,21 @@ class TorchContender:
         import torch
 
         tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-        with torch.inference_mode():
+        narrow = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self._spec.precision)
+        with torch.inference_mode(), torch.autocast("cpu", dtype=narrow or torch.bfloat16, enabled=narrow is not None):
             by_name = set(self._names) == set(tensors)
             result = self._call(**tensors) if by_name else self._call(*tensors.values())
             leaves = torch.utils._pytree.tree_leaves(result)
-            found = [leaf.numpy() for leaf in leaves if isinstance(leaf, torch.Tensor)]
+            found = [_array(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]
         return {f"output {i}": array for i, array in enumerate(found)}
 
     def unload(self) -> None:
         self._call = None
+
+
+def _array(tensor: Any) -> Any:
+    """A tensor for numpy, which does not know bfloat16."""
+    return (tensor.float() if str(tensor.dtype) == "torch.bfloat16" else tensor).numpy()
 
 
 def _torch_program(source: str) -> tuple[Any, list[str]]:
@@ -247,7 +254,7 @@ def peer_specs(
         names: Peers asked for, of :data:`PEERS`.
         sources: ``onnx`` and ``torch``: what the peers of each kind run, where known.
         threads: Threads each may use.
-        precision: Precision OpenVINO computes in.
+        precision: Precision OpenVINO and torch compute in.
 
     Returns:
         The specs, and the reason for each peer left out.

@@ -32,7 +32,7 @@ def contenders(
         against: Names of peers with commas, ``none``, or None for all that have something to run.
         models: What peers run instead of the artifact's own ``optimized.onnx``.
         threads: Threads each may use.
-        precision: What OpenVINO computes in.
+        precision: What OpenVINO and torch compute in.
         trust_code: Whether ``module:function`` may be called and a ``.pt2`` file read, which can hold code.
 
     Returns:

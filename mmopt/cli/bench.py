@@ -96,7 +96,7 @@ def artifacts_command(
         int, typer.Option(min=1, help="Fresh processes of every contender, for load time and memory.")
     ] = 5,
     isolate: Annotated[bool, typer.Option("--isolate", help="Measure every contender in its own process.")] = False,
-    precision: Annotated[str, typer.Option(help="What OpenVINO computes in: fp32, bf16 or fp16.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="What OpenVINO and torch compute in: fp32, bf16 or fp16.")] = "fp32",
     tolerance: Annotated[float, typer.Option(min=0.0, help="Error allowed between answers, of the range.")] = 1e-3,
     fail_over: Annotated[
         str | None,

@@ -72,27 +72,47 @@ def test_torch_contenders_find_a_builder_for_each_torch_model() -> None:
         _ = models.no_such_name
 
 
-def test_a_model_is_measured_from_its_name_to_the_file(
-    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+QUICK = ["--threads", "1", "--rounds", "2", "--time", "0", "--starts", "1"]
+
+
+def write_fallback_artifact(work: pathlib.Path, name: str) -> None:
+    """The model as an artifact that onnxruntime runs, where ``--reuse`` looks for it."""
     if missing := ZOO[FILE_MODEL].missing():
         pytest.skip(f"{FILE_MODEL} cannot be had here: {missing} is missing")
-    source = ZOO[FILE_MODEL].export(tmp_path / "models")
+    source = ZOO[FILE_MODEL].export(work / "models")
     module = load_onnx(source)
     ends = [tuple(spec_of(v) for v in values) for values in (module.graph.inputs, module.graph.outputs)]
     names = [tuple(spec.name for spec in specs) for specs in ends]
     entry = EntryPoint("main", *ends, (Segment("onnxruntime", *names, model="fallback/m.onnx"),))
-    (tmp_path / "artifacts").mkdir()
-    with write_artifact(tmp_path / "artifacts" / f"{FILE_MODEL}-b1.mmopt") as artifact:
+    (work / "artifacts").mkdir()
+    with write_artifact(work / "artifacts" / name) as artifact:
         artifact.add_program(Program(None, {}, {"main": entry}, {"fallback/m.onnx": source}))
         artifact.commit()
+
+
+def test_a_model_is_measured_from_its_name_to_the_file(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_fallback_artifact(tmp_path, f"{FILE_MODEL}-b1.mmopt")
     where = ["--work", str(tmp_path), "--reuse", "--json", str(tmp_path / "out.json")]
-    quick = ["--threads", "1", "--rounds", "2", "--time", "0", "--starts", "1"]
-    assert models.main(["--models", FILE_MODEL, "--against", "onnxruntime,torch", *quick, *where]) == 0
+    assert models.main(["--models", FILE_MODEL, "--against", "onnxruntime,torch", *QUICK, *where]) == 0
     assert f"left out: {FILE_MODEL}: torch: the model is an ONNX file" in capsys.readouterr().out
     report = json.loads((tmp_path / "out.json").read_text())["models"][FILE_MODEL]
     assert [c["label"] for c in report["contenders"]] == [models.OURS, "onnxruntime"]
     assert report["contenders"][1]["agreement"]["ok"]
+
+
+def test_in_bf16_all_who_can_compute_in_it(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+    write_fallback_artifact(tmp_path, f"{FILE_MODEL}-b1-bf16.mmopt")
+    command = ["--models", FILE_MODEL, "--precision", "bf16", "--against", "onnxruntime,openvino", *QUICK]
+    assert models.main([*command, "--work", str(tmp_path), "--reuse", "--json", str(tmp_path / "out.json")]) == 0
+    assert f"left out: {FILE_MODEL}: onnxruntime: it has no bf16 arithmetic on CPUs" in capsys.readouterr().out
+    data = json.loads((tmp_path / "out.json").read_text())
+    assert data["dtype"] == "bfloat16"
+    contenders = data["models"][FILE_MODEL]["contenders"]
+    assert [c["label"] for c in contenders] == [models.OURS, "openvino"]
+    assert contenders[1]["agreement"]["ok"]
 
 
 def test_a_model_that_cannot_be_compiled_is_named_and_fails_the_run(

@@ -107,6 +107,26 @@ def test_torch_runs_functions_and_exported_programs(
             np.testing.assert_allclose(got, wanted, rtol=1e-6)
 
 
+def test_torch_computes_in_the_precision_it_is_told(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    (tmp_path / "bench_product.py").write_text(
+        "import torch\n"
+        "def build():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Linear(32, 4), {'input': torch.zeros(3, 32)}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    x = np.random.default_rng(0).standard_normal((3, 32)).astype(np.float32)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        _, outputs = answer(Spec("torch", "torch", "bench_product:build", 1, precision), {"input": x})
+        (found[precision],) = outputs.values()
+    assert found["bf16"].dtype == np.float32
+    np.testing.assert_array_equal(found["bf16"], torch.from_numpy(found["bf16"]).bfloat16().float().numpy())
+    assert 0 < np.abs(found["bf16"] - found["fp32"]).max() < 0.05
+
+
 def test_peers_that_cannot_take_part_are_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers, "installed", lambda kind: kind != "openvino")
     specs, left_out = peer_specs(["onnxruntime", "openvino", "torch"], {"onnx": "m.onnx"}, 3)
