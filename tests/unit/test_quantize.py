@@ -20,12 +20,14 @@ from mmopt.ir.verify import verify
 from mmopt.pipeline.base import Pass, PassContext
 from mmopt.transforms.quantize import (
     EqualizeLayers,
+    ProtectWeights,
     QuantizeDynamic,
     QuantizeStatic,
     QuantizeWeights,
     SmoothActivations,
 )
-from mmopt.transforms.quantize.encoding import bounds, encode, encode_weight, squared_error
+from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_error
+from mmopt.transforms.quantize.gptq import gptq, output_error
 from mmopt.transforms.quantize.layers import layers
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
@@ -42,8 +44,8 @@ class TestEncoding:
     ) -> None:
         encoding = encode(values.min(), values.max(), dtype, symmetric=symmetric)
         integers = encoding.quantize(values)
-        assert integers.min() >= bounds(dtype)[0]
-        assert integers.max() <= bounds(dtype)[1]
+        assert integers.min() >= encoding.bounds[0]
+        assert integers.max() <= encoding.bounds[1]
         error = np.abs(encoding.dequantize(integers) - values)
         # The zero point is rounded too, which can cost the ends of an asymmetric range half a step more.
         assert error.max() <= encoding.scale * (0.501 if symmetric else 1.001) + 1e-6
@@ -67,7 +69,7 @@ class TestEncoding:
         weight[3] *= 100
         encoding = encode_weight(weight, ir.DataType.INT8, axis, block=block)
         error = np.abs(encoding.dequantize(encoding.quantize(weight)) - weight)
-        scale, _ = encoding._spread(weight.shape)
+        scale, _ = encoding.spread(weight.shape)
         assert (error <= 0.501 * scale).all()
         count = weight.shape[axis] if not block else -(-weight.shape[axis] // block)
         assert encoding.scale.shape[axis if block else 0] == count
@@ -325,3 +327,66 @@ class TestMigration:
         text = f"g (float[4,32] x, float[32,32] w, float[32,32] v) => (float[4,32] y) {{ {body} }}"
         module = weights(module_from(text, opset=21), w=(32, 32), v=(32, 32))
         assert EqualizeLayers().run(module, PassContext()) is False
+
+
+def correlated(count: int = 64) -> np.ndarray:
+    """Samples whose channels go together, as those of real networks do."""
+    random = np.random.default_rng(5)
+    return (random.standard_normal((count, 4, 6)) @ random.standard_normal((6, 32))).astype(np.float32) + (
+        0.1 * random.standard_normal((count, 4, 32))
+    ).astype(np.float32)
+
+
+class TestGptq:
+    @pytest.mark.parametrize("block", [0, 8])
+    def test_outputs_are_closer_than_with_the_nearest_integers(self, block: int) -> None:
+        random = np.random.default_rng(0)
+        weight = random.standard_normal((32, 12)).astype(np.float32)
+        x = correlated().reshape(-1, 32)
+        gram = x.T.astype(np.float64) @ x
+        encoding = encode_weight(weight, ir.DataType.INT4, 0 if block else 1, block=block)
+        chosen = encoding.dequantize(gptq(weight, gram, encoding))
+        nearest = encoding.dequantize(encoding.quantize(weight))
+        error, plain = (float(((x @ weight - x @ q) ** 2).sum()) for q in (chosen, nearest))
+        assert error < 0.3 * plain
+        assert output_error(weight, chosen, gram) == pytest.approx(error, rel=1e-3)
+
+    def test_independent_inputs_get_the_nearest_integers(self) -> None:
+        weight = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+        encoding = encode_weight(weight, ir.DataType.INT4, 1)
+        np.testing.assert_array_equal(gptq(weight, np.eye(16), encoding), encoding.quantize(weight))
+
+    def test_integers_of_a_transposed_weight(self) -> None:
+        weight = np.random.default_rng(0).standard_normal((32, 12)).astype(np.float32)
+        gram = np.cov(correlated().reshape(-1, 32).T)
+        for block in (0, 8):
+            there = encode_weight(weight, ir.DataType.INT4, 0 if block else 1, block=block)
+            back = encode_weight(weight.T, ir.DataType.INT4, 1 if block else 0, block=block).transposed()
+            np.testing.assert_array_equal(gptq(weight, gram, there), gptq(weight, gram, back))
+
+    def test_pass_is_closer_than_rounding(self) -> None:
+        context = PassContext(inputs={"x": correlated()})
+        module, plain = mlp(), mlp()
+        assert QuantizeWeights(bits=4, method="gptq").run(module, context)
+        assert QuantizeWeights(bits=4).run(plain, PassContext())
+        x = {"x": correlated(1)[0]}
+        want = evaluate(mlp(), x)["y"]
+        errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
+        assert errors[0] < 0.9 * errors[1]
+
+    def test_needs_samples(self) -> None:
+        with pytest.raises(UserError, match="nothing to calibrate on"):
+            QuantizeWeights(bits=4, method="gptq").run(mlp(), PassContext())
+
+
+def test_protecting_weights_lessens_the_error_of_four_bits() -> None:
+    x = {"x": feeds(7)[0]}
+    want = evaluate(TestMigration.skewed(), x)["y"]
+    module, plain = TestMigration.skewed(), TestMigration.skewed()
+    context = PassContext(inputs={"x": feeds(count=16)})
+    assert ProtectWeights(bits=4, block=0).run(module, context)
+    np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-5)
+    for one in (module, plain):
+        assert QuantizeWeights(bits=4).run(one, PassContext())
+    errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
+    assert errors[0] < 0.7 * errors[1]

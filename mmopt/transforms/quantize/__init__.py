@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from mmopt.transforms.quantize.migrate_scales import EqualizeLayers, SmoothActivations
+from mmopt.transforms.quantize.migrate_scales import EqualizeLayers, ProtectWeights, SmoothActivations
 from mmopt.transforms.quantize.quantize_dynamic import QuantizeDynamic
 from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
 
-__all__ = ["EqualizeLayers", "QuantizeDynamic", "QuantizeStatic", "QuantizeWeights", "SmoothActivations"]
+__all__ = [
+    "EqualizeLayers",
+    "ProtectWeights",
+    "QuantizeDynamic",
+    "QuantizeStatic",
+    "QuantizeWeights",
+    "SmoothActivations",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Iterable
 
 from mmopt.analysis.calibration import Calibration, collect, load
 from mmopt.errors import UserError
@@ -10,8 +11,10 @@ from mmopt.ir.module import Module
 from mmopt.pipeline.base import Pass, PassContext
 
 
-def calibration_of(pass_: Pass, stats: str, module: Module, context: PassContext) -> Calibration:
-    """Statistics from a file, or from the samples of the run.
+def calibration_of(
+    pass_: Pass, stats: str, module: Module, context: PassContext, *, gram: Iterable[str] = ()
+) -> Calibration:
+    """Statistics from a file, or from the samples of the run, with Gram matrices of the tensors in ``gram``.
 
     Raises:
         UserError: There is nothing to calibrate on.
@@ -24,4 +27,4 @@ def calibration_of(pass_: Pass, stats: str, module: Module, context: PassContext
             where=pass_.name,
             hint="give samples with --calib, or statistics of mmopt calibrate as the option stats",
         )
-    return collect(module, context.inputs, source=context.samples_from)
+    return collect(module, context.inputs, gram=gram, source=context.samples_from)

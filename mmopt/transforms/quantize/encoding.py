@@ -44,15 +44,27 @@ class Encoding:
     def quantize(self, values: Array) -> Array:
         """The integers of ``values``, as int32 within the bounds of ``dtype``."""
         low, high = _BOUNDS[self.dtype]
-        scale, zero = self._spread(values.shape)
+        scale, zero = self.spread(values.shape)
         return np.asarray(np.clip(np.rint(values.astype(np.float64) / scale) + zero, low, high).astype(np.int32))
 
     def dequantize(self, integers: Array) -> Array:
         """What the integers stand for, float32."""
-        scale, zero = self._spread(integers.shape)
+        scale, zero = self.spread(integers.shape)
         return np.asarray(((integers - zero) * scale).astype(np.float32))
 
-    def _spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """Lowest and highest integer."""
+        return _BOUNDS[self.dtype]
+
+    def transposed(self) -> Encoding:
+        """The encoding of the transposed matrix."""
+        zero = self.zero_point
+        turned = (self.scale.T, zero if zero is None else zero.T) if self.block else (self.scale, zero)
+        return Encoding(self.dtype, *turned, 1 - self.axis, self.block)
+
+    def spread(self, shape: tuple[int, ...]) -> tuple[Array, Array]:
+        """Scale and zero point of every element of a tensor of ``shape``, float64 that broadcasts to it."""
         scale = self.scale.astype(np.float64)
         zero = np.zeros_like(scale) if self.zero_point is None else self.zero_point.astype(np.float64)
         if self.block:
@@ -63,11 +75,6 @@ class Encoding:
             wide[self.axis] = -1
             scale, zero = scale.reshape(wide), zero.reshape(wide)
         return scale, zero
-
-
-def bounds(dtype: ir.DataType) -> tuple[int, int]:
-    """Lowest and highest integer of a type."""
-    return _BOUNDS[dtype]
 
 
 def encode(low: Array, high: Array, dtype: ir.DataType, *, symmetric: bool, axis: int = 1, block: int = 0) -> Encoding:

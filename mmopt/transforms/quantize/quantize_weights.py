@@ -14,8 +14,10 @@ import onnx_ir as ir
 
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
-from mmopt.transforms.canonicalize.editing import tensor_of
+from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Array, Encoding, encode_weight, squared_error
+from mmopt.transforms.quantize.gptq import gptq
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
 
@@ -35,6 +37,9 @@ class QuantizeWeights(Pass):
         block: Weights along the depth that share a scale; 0 for one scale an output channel.
         symmetric: Whether steps are symmetric around 0; otherwise each block has a zero point of its own.
         search: Whether to clip extremes where that lessens the squared error.
+        method: ``round`` to the nearest, or ``gptq``: choose integers for what the layer gives on calibration samples.
+        stats: File of statistics with Gram matrices (``mmopt calibrate --gram``), for ``gptq``; the calibration
+            samples of the run when empty.
         kinds: Operators to quantize.
         include: Patterns of names of nodes to quantize; all when empty.
         exclude: Patterns of names of nodes to leave alone.
@@ -47,6 +52,8 @@ class QuantizeWeights(Pass):
     block: int = 0
     symmetric: bool = True
     search: bool = True
+    method: Literal["round", "gptq"] = "round"
+    stats: str = ""
     kinds: tuple[str, ...] = ("MatMul", "Gemm")
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -64,12 +71,14 @@ class QuantizeWeights(Pass):
                 self.remark(context, "missed", layer.name, f"{layer.node.op_type} keeps its weights: {reason}")
             else:
                 chosen[layer.weight].append(layer)
+        grams = self._grams(module, [layer for group in chosen.values() for layer in group], context)
         quantizer = Quantizer(module.model)
         before = after = 0
         for weight, group in chosen.items():
             data = _data(weight)
             encoding = self.encoding(data, group[0])
-            quantizer.constant(weight, encoding.quantize(data), encoding, [layer.node for layer in group])
+            integers = self._integers(data, encoding, group, grams)
+            quantizer.constant(weight, integers, encoding, [layer.node for layer in group])
             before += data.nbytes
             after += data.size * self.bits // 8 + encoding.scale.size * (5 if self.symmetric else 6)
         if chosen:
@@ -78,6 +87,28 @@ class QuantizeWeights(Pass):
                 f"{after / 1e6:.1f} MB"
             )  # fmt: skip
         return bool(chosen)
+
+    def _grams(self, module: Module, chosen: list[Layer], context: PassContext) -> dict[str, Array]:
+        """Gram matrices of what the layers read, by the name of the value."""
+        wanted = [str(layer.data.name) for layer in chosen if not is_onnx(layer.node, "Conv")]
+        if self.method != "gptq" or not wanted:
+            return {}
+        calibration = calibration_of(self, self.stats, module, context, gram=dict.fromkeys(wanted))
+        found = {name: one.gram for name, one in calibration.tensors.items() if one.gram is not None}
+        for layer in chosen:
+            if str(layer.data.name) not in found:
+                message = "its integers are the nearest: there is no Gram matrix of what it reads"
+                self.remark(context, "missed", layer.name, message)
+        return found
+
+    def _integers(self, data: Array, encoding: Encoding, group: list[Layer], grams: dict[str, Array]) -> Array:
+        known = [grams[str(layer.data.name)] for layer in group if str(layer.data.name) in grams]
+        if not known:
+            return encoding.quantize(data)
+        gram = np.sum(known, axis=0)
+        if group[0].depth_axis == 0:
+            return gptq(data, gram, encoding)
+        return np.ascontiguousarray(gptq(data.T, gram, encoding.transposed()).T)
 
     def encoding(self, weight: Array, layer: Layer) -> Encoding:
         """How ``weight`` is quantized."""
