@@ -6,6 +6,7 @@ one that went too far. Arrays whose sizes are multiples of 64 bytes end exactly 
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 
@@ -14,7 +15,8 @@ import onnx_ir as ir
 from tvm import tirx
 
 from mmopt.backends.compute import SUM, Reduction, compute
-from mmopt.backends.cpu.kernels.tile import choose_tile
+from mmopt.backends.cpu.kernels.matmul_blocking import Blocking
+from mmopt.backends.cpu.kernels.tile import Tile, lanes_of
 from mmopt.ir.module import Module
 from mmopt.lowering.ops.matmul import pack_panels
 from tests.kernels import Arrays, Case, Memory, failures, profiles
@@ -51,19 +53,42 @@ def products(profile: str) -> list[Case]:
         for known in (height, n):
             data, sizes = Arrays(), {"n": height}
             a, b, c = data.source((known, 48), **sizes), data.source((48, width)), data.data((48, width), "float32")
-            tile = choose_tile(profiles()[profile], "float32", None if known is n else height, width)
-            weight = data.constant(np.ascontiguousarray(pack_panels(c, tile.columns)))
-            packed = test_kernel_matmul.product(a, weight, tile, columns=width).output
-            in_place = test_kernel_matmul.product(a, b, tile).output
-            label = f"{'any' if known is n else height}×{width}"
-            cases.append(data.case(f"packed {label}", packed, data[a] @ c.astype(np.float64), sizes=sizes))
-            cases.append(data.case(f"in place {label}", in_place, data[a] @ data[b], sizes=sizes))
+            d = data.source((width, 48))
+            best = test_kernel_matmul.blocking_for(profiles()[profile], a, width)
+            weight = data.constant(np.ascontiguousarray(pack_panels(c, best.tile.columns)))
+            copied = dataclasses.replace(best, copy=True)
+            made = {
+                "packed": test_kernel_matmul.product(a, weight, best, columns=width),
+                "in place": test_kernel_matmul.product(a, b, best),
+                "copied": test_kernel_matmul.product(a, b, copied),
+                "transposed": test_kernel_matmul.product(a, d, copied, transposed=True),
+            }
+            wants = {"packed": data[a] @ c.astype(np.float64), "transposed": data[a] @ data[d].T}
+            for name, nest in made.items():
+                label = f"{name} {'any' if known is n else height}×{width}"
+                cases.append(data.case(label, nest.output, wants.get(name, data[a] @ data[b]), sizes=sizes))
+    return cases
+
+
+def blocks(profile: str) -> list[Case]:
+    """Products walked in blocks of the depth, with panels and rows left over."""
+    cases, lanes = [], lanes_of(profiles()[profile], "float32")
+    for rows, depth, columns in [(24, 64, 8 * lanes), (23, 50, 7 * lanes + 3)]:
+        for tiles, panels, step in [(2, 1, 0), (3, 4, 16), (4, 3, 48)]:
+            data = Arrays()
+            a, b = data.source((rows, depth)), data.data((depth, columns), "float32")
+            weight = data.constant(np.ascontiguousarray(pack_panels(b, 2 * lanes)))
+            blocking = Blocking(Tile(4, 2, lanes), tiles, panels, step)
+            nest = test_kernel_matmul.product(a, weight, blocking, columns=columns)
+            label = f"{rows}×{depth}×{columns} in {tiles} tiles, {panels} panels, {step} steps"
+            cases.append(data.case(label, nest.output, data[a] @ b.astype(np.float64)))
     return cases
 
 
 FAMILIES: list[Callable[[str], list[Case]]] = [
     rows,
     products,
+    blocks,
     lambda _: test_compute.guards(),
     lambda _: test_compute.row_chains()[:12],
 ]

@@ -11,7 +11,7 @@ from tvm.ir import Expr
 from mmopt.backends.compute import SUM, Map, Reduction, index
 from mmopt.backends.cpu.choosing import Workload, dim, typical
 from mmopt.backends.cpu.kernels.matmul import Matmul, pack_panels
-from mmopt.backends.cpu.kernels.tile import Tile, tile_candidates, tile_choice
+from mmopt.backends.cpu.kernels.matmul_blocking import choose_blocking
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.elementwise import broadcast_shape, elementwise, read
@@ -50,9 +50,9 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
     rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
     workload = _workload("in-place", a.dtype, product(batch), rows, columns, depth)
-    tile = _tile(node, workload)
+    blocking = choose_blocking(context.program.profile, context.program.chooser, workload)
     x, y = context.tensor(a), context.tensor(b)
-    nest = Matmul(x, y, batch=batch, rows=rows, columns=columns, depth=depth, tile=tile, panels=False)
+    nest = Matmul(x, y, batch=batch, rows=rows, columns=columns, depth=depth, blocking=blocking, panels=False)
     nest.workload = workload
     return Value(nest.output, name=node.name)
 
@@ -74,8 +74,9 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
     flat = context.reshape(a, (rows, a.shape[-1]))
     context.realize([flat], "operand")
     workload = _workload("packed", a.dtype, index(1), rows, index(weight.shape[1]), index(weight.shape[0]))
-    tile = _tile(node, workload)
-    panels = context.program.packed(b, ("panels", key, tile.columns), lambda _: pack_panels(weight, tile.columns))
+    blocking = choose_blocking(context.program.profile, context.program.chooser, workload)
+    width = blocking.tile.columns
+    panels = context.program.packed(b, ("panels", key, width), lambda _: pack_panels(weight, width))
     nest = Matmul(
         context.tensor(flat),
         panels,
@@ -83,7 +84,7 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
         rows=rows,
         columns=index(weight.shape[1]),
         depth=index(weight.shape[0]),
-        tile=tile,
+        blocking=blocking,
         panels=True,
         shape=(*a.shape[:-1], index(weight.shape[1])),
     )
@@ -96,13 +97,6 @@ def _workload(b: str, dtype: str, batch: Expr, rows: Expr, columns: Expr, depth:
     dims = {"batch": dim(simplify(batch)), "m": dim(rows), "n": dim(columns), "k": dim(depth)}
     operations = 2.0 * math.prod(typical(extent) for extent in dims.values())
     return Workload("matmul", (*dims.items(), ("b", b)), (dtype,), operations)
-
-
-def _tile(node: OpNode, workload: Workload) -> Tile:
-    program, dims = node.context.program, dict(workload.dims)
-    rows, columns = (None if isinstance(dims[n], str) else int(dims[n]) for n in ("m", "n"))
-    tiles = tile_candidates(program.profile, workload.dtypes[0], rows, columns or 1 << 20)
-    return tile_choice(program.chooser, workload, tiles)
 
 
 def _plain(node: OpNode, a: Value, b: Value) -> Value:

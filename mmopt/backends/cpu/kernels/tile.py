@@ -14,7 +14,6 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload, typical
 from mmopt.backends.cpu.loops import i64, loop, loops, seq, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
@@ -56,62 +55,6 @@ def lanes_of(profile: Profile, dtype: str) -> int:
     return profile.vector_bytes // itemsize(dtype)
 
 
-def choose_tile(profile: Profile, dtype: str, rows: int | None, columns: int) -> Tile:
-    """The tile that fills the registers: accumulators, one row of b, one element of a.
-
-    Args:
-        profile: Vector width and number of registers.
-        dtype: Element type.
-        rows: Rows to cover, when known; tiles are balanced so that the last is not a sliver.
-        columns: Columns to cover.
-    """
-    candidates = tile_candidates(profile, dtype, rows, columns)
-    return min(candidates, key=lambda tile: (_cycles(tile, rows or 12 * tile.rows, columns), -tile.columns))
-
-
-def tile_candidates(profile: Profile, dtype: str, rows: int | None, columns: int) -> list[Tile]:
-    """Tiles of all sensible widths, the widest first; see :func:`choose_tile`."""
-    lanes = lanes_of(profile, dtype)
-    widest = min(4 if profile.registers >= 32 else 2, max(1, -(-columns // lanes)))
-    return [_balanced(profile, rows, vectors, lanes) for vectors in range(widest, 0, -1)]
-
-
-def tile_choice(chooser: Chooser, workload: Workload, tiles: Sequence[Tile]) -> Tile:
-    """The best of ``tiles`` for a workload with dims ``m``, ``n`` and ``k``, and perhaps ``batch``."""
-    dims = dict(workload.dims)
-    columns, steps = typical(dims["n"]), typical(dims["k"]) * typical(dims.get("batch", 1))
-    options = [
-        Candidate(
-            {"rows": tile.rows, "vectors": tile.vectors},
-            steps * _cycles(tile, typical(dims["m"], 12 * tile.rows), columns),
-        )
-        for tile in tiles
-    ]
-    return tiles[options.index(chooser.choose(workload, options))]
-
-
-def _balanced(profile: Profile, rows: int | None, vectors: int, lanes: int) -> Tile:
-    most = max(1, min((profile.registers - vectors - 1) // vectors, 16))
-    return Tile(-(-rows // -(-rows // most)) if rows else most, vectors, lanes)
-
-
-def _cycles(tile: Tile, rows: int, columns: int) -> float:
-    """Cycles of one step of the depth over ``rows`` × ``columns``.
-
-    Two multiply-adds or two loads a cycle; a result can be used again after four.
-    """
-
-    def one(height: int, vectors: int) -> float:
-        return max(height * vectors / 2, (height + vectors) / 2, 4.0) if height and vectors else 0.0
-
-    full, rest = divmod(rows, tile.rows)
-    panels, last = divmod(-(-columns // tile.lanes), tile.vectors)
-    total = 0.0
-    for count, vectors in ((panels, tile.vectors), (1, last)):
-        total += count * (full * one(tile.rows, vectors) + one(rest, vectors))
-    return total
-
-
 @dataclasses.dataclass(frozen=True)
 class PartialSums:
     """Where sums wait while the depth is walked in blocks, with other tiles in between.
@@ -140,10 +83,11 @@ class RegisterTile:
         lanes: Lanes of a full vector.
         limit: Rows that are really there when that is only known at run time; reads beyond it must be legal.
         buffered: Results pass through memory, so that long epilogues are loops and not unrolled code.
-        vectors: Vectors of a full tile, where this one is cut off at the edge: it sums in the same order, so that equal
-            columns give equal results wherever they are.
+        chains: Accumulators of a full tile, where this one is cut off at the edge: it sums in the same order, so that
+            equal rows and columns give equal results wherever they are.
         steps: Steps of the innermost depth in one round of its loop.
         scratch: Memory of ``rows × width`` elements for ``buffered``; the tile allocates its own when there is none.
+        whole: Vectors are summed whole where fewer lanes are used; the right operand must be readable there.
         columns: Columns that are really there, when that is only known at run time; goes with ``buffered``.
     """
 
@@ -153,16 +97,17 @@ class RegisterTile:
     lanes: int
     limit: Expr | None = None
     buffered: bool = False
-    vectors: int = 0
+    chains: int = 0
     steps: int = 1
     scratch: tirx.Buffer | None = None
+    whole: bool = False
     columns: Expr | None = None
 
     def __post_init__(self) -> None:
-        self.width = sum(self.spans)
-        chains = self.rows * (self.vectors or len(self.spans))
-        alone = self.width == 1 and self.vectors <= 1
-        self.copies = 1 if chains >= INDEPENDENT or alone else -(-INDEPENDENT // chains)
+        self._summed = [self.lanes] * len(self.spans) if self.whole else self.spans
+        self.width = sum(self._summed)
+        chains = self.chains or self.rows * len(self.spans)
+        self.copies = max(1, -(-INDEPENDENT // chains))
         self.steps = -(-self.steps // self.copies) * self.copies
         # One small buffer for each row: LLVM keeps those in registers whatever else the loop does.
         self.acc = [
@@ -276,22 +221,22 @@ class RegisterTile:
     def _set(self, i: int, n: int, v: Expr, value: Expr, copy: int = 0) -> Stmt:
         return tirx.BufferStore(self.acc[copy][i], value, [i64(n * self.lanes) + v])
 
-    def _row(self, i: int, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
+    def _row(self, i: int, body: Callable[[int, int, Expr], Stmt], spans: Sequence[int]) -> Stmt:
         return seq(
-            *(loop(used, lambda v, n=n: body(i, n, v), "vectorized", "v") for n, used in enumerate(self.spans))  # type: ignore[misc]
+            *(loop(used, lambda v, n=n: body(i, n, v), "vectorized", "v") for n, used in enumerate(spans))  # type: ignore[misc]
         )
 
     def _each(self, body: Callable[[int, int, Expr], Stmt]) -> Stmt:
         """``body(row, vector, lane)`` over the tile, fully unrolled."""
-        return seq(*(self._row(i, body) for i in range(self.rows)))
+        return seq(*(self._row(i, body, self._summed) for i in range(self.rows)))
 
     def _hand(self, deliver: Deliver) -> Stmt:
         def hand(i: int, n: int, v: Expr) -> Stmt:
             return deliver(i64(i), i64(n), v, self._get(i, n, v))
 
         if self.limit is None:
-            return self._each(hand)
-        return seq(*(when(i64(i) < self.limit, self._row(i, hand)) for i in range(self.rows)))
+            return seq(*(self._row(i, hand, self.spans) for i in range(self.rows)))
+        return seq(*(when(i64(i) < self.limit, self._row(i, hand, self.spans)) for i in range(self.rows)))
 
     def _through_memory(self, deliver: Deliver) -> Stmt:
         copy, save = self._saved()
@@ -312,7 +257,8 @@ class RegisterTile:
 
     def _saved(self) -> tuple[tirx.Buffer, Stmt]:
         """A copy of the tile in memory, which may be indexed by loop variables, and the statement that makes it."""
-        copy = self.scratch or tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
+        own = tirx.decl_buffer((i64(self.rows * self.width),), self.dtype, "done")
+        copy = own if self.scratch is None else self.scratch
 
         def store(i: int, n: int, v: Expr) -> Stmt:
             return tirx.BufferStore(copy, self._get(i, n, v), [i64(i * self.width + n * self.lanes) + v])
