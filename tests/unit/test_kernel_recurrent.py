@@ -5,15 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import ml_dtypes
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 import scipy.special
 from onnx import helper
 
 from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload
 from mmopt.backends.cpu.kernels.recurrent import candidates
+from mmopt.ir.module import Module
+from mmopt.pipeline.base import PassContext
+from mmopt.transforms.canonicalize import InferShapes
+from mmopt.transforms.fuse.fuse_groups import FuseGroups
+from mmopt.transforms.precision import NarrowFloats
 from tests.kernels import PROFILES, WIDEST, profiles
-from tests.programs import Example, assert_close, check, model_of
+from tests.programs import Example, Programs, assert_close, check, model_of, wrong_answers
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 DEFAULTS = {"LSTM": ["Sigmoid", "Tanh", "Tanh"], "GRU": ["Sigmoid", "Tanh"], "RNN": ["Tanh"]}
@@ -341,3 +349,41 @@ def test_every_candidate_gives_the_same_answer(vectors: int, monkeypatch: pytest
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 def test_recurrent_layers(family: Callable[[], list[Example]], profile: str) -> None:
     check(family(), profile)
+
+
+NARROW_TYPES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
+
+
+def narrowed_example(layer: Layer, kind: str) -> Example:
+    """A float32 model with the answer that rounded X, W and R give."""
+    made, given = example(layer), tensors(layer)
+    for name in "xwr":
+        given[name] = given[name].astype(NARROW_TYPES[kind]).astype(np.float32)
+    return dataclasses.replace(made, want=reference(layer, given))
+
+
+def narrow_module(model: onnx.ModelProto, kind: str) -> Module:
+    """``model`` as ``--precision`` makes it."""
+    module = Module(ir.from_proto(model))
+    InferShapes().run(module, PassContext())
+    assert NarrowFloats(format=kind).run(module, PassContext())  # type: ignore[arg-type]
+    FuseGroups().run(module, PassContext())
+    return module
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_narrow_weights_are_widened_in_registers(kind: str, profile: str) -> None:
+    layers = [
+        Layer("LSTM", batch=1, hidden=64, depth=32),
+        Layer("LSTM", hidden=19, direction="bidirectional", initial=True, lengths=(5, 2, 0)),
+        Layer("GRU", hidden=32, attributes=(("linear_before_reset", 1),)),
+        Layer("GRU", hidden=17, direction="reverse"),
+        Layer("RNN", hidden=24, batch=9),
+    ]
+    examples = [narrowed_example(layer, kind) for layer in layers]
+    wrong = wrong_answers(examples, profile, prepare=lambda model: narrow_module(model, kind))
+    assert not wrong, "\n".join(wrong)
+    weights = Programs([narrow_module(examples[0].model, kind)], profile).weights
+    assert sum(a.nbytes for a in weights.values() if a.dtype == NARROW_TYPES[kind]) >= 4 * 64 * 64 * 2
+    assert not any(a.dtype == np.float32 and a.size == 4 * 64 * 64 for a in weights.values()), "R is stored narrow only"

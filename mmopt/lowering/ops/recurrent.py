@@ -14,6 +14,7 @@ from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
 from mmopt.backends.cpu.kernels.recurrent import BLOCK, Cell, Point, Recurrence, candidates
 from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.cpu.loops import i64, keep, seq, static
+from mmopt.lowering.ops.casting import converted
 from mmopt.lowering.ops.matmul import product_of
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
@@ -55,12 +56,17 @@ def activation(name: str, alpha: float | None, beta: float | None) -> Activation
     return table[name.lower()]
 
 
+def stored(weight: Value) -> Value:
+    """A weight as it is stored: narrow, when it is a constant that was widened."""
+    return weight.narrow if weight.narrow is not None and weight.narrow.constant is not None else weight
+
+
 class _Layer:
     """Inputs and attributes of a recurrent node in a common form."""
 
     def __init__(self, node: OpNode, gates: int, defaults: Sequence[str]) -> None:
         self.node, self.gates = node, gates
-        x, self.w, self.r = node.input(0), node.input(1), node.input(2)
+        x, self.w, self.r = node.input(0), stored(node.input(1)), stored(node.input(2))
         if x.dtype not in ("float32", "float64"):
             raise NotLowered(f"recurrent operator in {x.dtype}")
         self.batch_first = bool(node.attr("layout", 0))
@@ -126,7 +132,12 @@ class _Layer:
             key = ("input", self.gates, self.lanes)
             pack = lambda _: np.moveaxis(data, -1, 0).reshape(-1, width)  # noqa: E731
             packed = self.node.context.program.packed(self.w, key, pack)
-            return Value(constant=packed.data, name=f"{self.w.name}.arranged")
+            made = Value(constant=packed.data, name=f"{self.w.name}.arranged")
+            if made.dtype == self.x.dtype:
+                return made
+            narrow = self.x.narrow is not None and self.x.narrow.dtype == made.dtype == "bfloat16"
+            wide = converted(self.node, made, self.x.dtype)
+            return wide if narrow else Value(constant=packed.data.astype(self.x.dtype), name=made.name)
         w = self.node.context.tensor(self.w)
 
         def body(k: Expr, column: Expr) -> Expr:

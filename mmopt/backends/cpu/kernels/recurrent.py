@@ -130,7 +130,7 @@ class Recurrence(LoopNest):
 
     Args:
         x: ``[steps, batch, directions, panels, gates, B]``, biases added.
-        r: ``[directions, panels, groups, H, gates of a group · B]`` for the first product.
+        r: ``[directions, panels, groups, H, gates of a group · B]`` for the first product; a narrower type will do.
         late_r: The same for the second product, or None.
         h0: Initial hidden state ``[directions, batch, H]``, or None for zeros.
         c0: Initial cell state, or None.
@@ -348,7 +348,7 @@ class _Run:
 
         def group(number: Expr) -> Stmt:
             def b(n: Expr, v: Expr, k: Expr) -> Expr:
-                return weights[(i64(self.direction), panel, number, k, n * lanes + v)]
+                return weights[(i64(self.direction), panel, number, k, n * lanes + v)].astype(nest.y.dtype)
 
             def tile(first: Expr, height: int) -> Stmt:
                 def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
