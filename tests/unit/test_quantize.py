@@ -390,3 +390,43 @@ def test_protecting_weights_lessens_the_error_of_four_bits() -> None:
         assert QuantizeWeights(bits=4).run(one, PassContext())
     errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
     assert errors[0] < 0.7 * errors[1]
+
+
+class TestBiasCorrection:
+    @pytest.mark.parametrize(
+        ("body", "inputs", "shape"),
+        [
+            ("a = MatMul(x, w) y = Exp(a)", "float[64,32] x, float[32,8] w", (32, 8)),
+            ("a = Gemm<alpha = 2.0, transB = 1>(x, w) y = Exp(a)", "float[64,32] x, float[8,32] w", (8, 32)),
+            (
+                "a = Gemm<beta = 0.5>(x, w, c) y = Exp(a)",
+                "float[64,32] x, float[32,8] w, float[8] c",
+                (32, 8),
+            ),
+            ("a = Conv<group = 2>(x, w) y = Exp(a)", "float[4,32,6,6] x, float[8,16,3,3] w", (8, 16, 3, 3)),
+        ],
+    )
+    def test_mean_of_the_outputs_stays(self, body: str, inputs: str, shape: tuple[int, ...]) -> None:
+        output = "float[4,8,4,4] y" if len(shape) == 4 else "float[64,8] y"
+
+        def build() -> Module:
+            module = module_from(f"g ({inputs}) => ({output}) {{ {body} }}", opset=21)
+            given = {"w": shape, **({"c": (8,)} if "c)" in body else {})}
+            module = weights(module, **given)
+            data = np.random.default_rng(2).standard_normal(shape).astype(np.float32) / 40
+            data.reshape(-1)[0] = 1.0  # an outlier makes the steps coarse
+            module.graph.initializers["w"].const_value = ir.tensor(data, name="w")
+            return module
+
+        size = [int(d) for d in build().graph.inputs[0].shape.numpy()]  # type: ignore[union-attr]
+        x = (np.random.default_rng(0).random((4, *size)) + 1).astype(np.float32)
+        want = np.log(evaluate(build(), {"x": x[0]})["y"])
+        axes = tuple(n for n in range(want.ndim) if n != 1)
+        shifts = []
+        for correct in (True, False):
+            module = build()
+            assert QuantizeStatic(correct_bias=correct).run(module, PassContext(inputs={"x": x}))
+            assert [problem for problem in verify(module) if problem.severity == "error"] == []
+            got = np.log(evaluate(module, {"x": x[0]})["y"])
+            shifts.append(np.abs((got - want).mean(axis=axes)).mean())
+        assert shifts[0] < 0.5 * shifts[1]

@@ -18,7 +18,8 @@ import onnx_ir as ir
 from mmopt.analysis.calibration import TensorStatistics, choose_range
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
-from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.canonicalize.editing import Array, Names, is_onnx, tensor_of
+from mmopt.transforms.quantize.bias import add_to_bias, mean_error
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
@@ -35,6 +36,7 @@ class QuantizeStatic(Pass):
         stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
         method: How ranges are chosen: ``minmax``, ``percentile``, ``mse`` or ``entropy``.
         activation_bits: Bits of activations: 8, or 16 for layers that 8 are too few for.
+        correct_bias: Whether the mean error of rounded weights is taken out of the bias.
         kinds: Operators to quantize; all that have integer kernels when empty.
         include: Patterns of names of nodes to quantize; all when empty.
         exclude: Patterns of names of nodes to leave alone.
@@ -46,6 +48,7 @@ class QuantizeStatic(Pass):
     stats: str = ""
     method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     activation_bits: Literal[8, 16] = 8
+    correct_bias: bool = True
     kinds: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -70,7 +73,7 @@ class QuantizeStatic(Pass):
         if not chosen:
             return False
         calibration = calibration_of(self, self.stats, module, context)
-        quantizer = Quantizer(module.model)
+        quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():
             encoding = self._encoding(calibration.tensors.get(str(value.name)))
@@ -82,7 +85,9 @@ class QuantizeStatic(Pass):
             quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
             done.update(layer.node.op_type for layer in group)
             for layer in group:
-                quantize_weight(quantizer, layer)
+                difference = quantize_weight(quantizer, layer)
+                if self.correct_bias:
+                    _correct(layer, difference, calibration.tensors[str(value.name)], names)
         counted = ", ".join(f"{kind} ×{count}" for kind, count in done.most_common())
         origin = f"{calibration.samples} {calibration.source} samples"
         self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
@@ -95,13 +100,27 @@ class QuantizeStatic(Pass):
         return encode(np.array(low), np.array(high), _DTYPES[self.activation_bits], symmetric=False)
 
 
-def quantize_weight(quantizer: Quantizer, layer: Layer) -> None:
-    """Store the weight of ``layer`` in int8, one symmetric scale for each output channel."""
+def quantize_weight(quantizer: Quantizer, layer: Layer) -> Array:
+    """Store the weight of ``layer`` in int8, one symmetric scale for each output channel; returns what that loses."""
     tensor = tensor_of(layer.weight)
     assert tensor is not None
     data = np.asarray(tensor.numpy())
     encoding = encode_weight(data, ir.DataType.INT8, layer.out_axis)
-    quantizer.constant(layer.weight, encoding.quantize(data), encoding, [layer.node])
+    integers = encoding.quantize(data)
+    quantizer.constant(layer.weight, integers, encoding, [layer.node])
+    return np.asarray(data - encoding.dequantize(integers))
+
+
+def _correct(layer: Layer, difference: Array, statistics: TensorStatistics, names: Names) -> None:
+    channels = statistics.channels
+    offset = None if channels is None else mean_error(layer, difference, channels.mean)
+    if offset is not None and not _is_output(layer.node):
+        add_to_bias(layer, offset, names)
+
+
+def _is_output(node: ir.Node) -> bool:
+    """Whether the result of a node that takes no bias is an output of the model, whose name must stay its own."""
+    return is_onnx(node, "MatMul") and node.outputs[0].is_graph_output()
 
 
 def _residuals(value: ir.Value, group: list[Layer]) -> list[ir.Node]:
