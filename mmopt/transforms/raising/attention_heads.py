@@ -104,11 +104,12 @@ class Operand:
             behind = self.root_moves - source.moves
             cost = view.cost(rank)
             if cost is not None:
-                choices.append((cost + behind, not view.is_written(rank), number, view))
+                # Among equals one from before a factor, which then becomes part of the scale.
+                choices.append((cost + behind, not view.is_written(rank), source.factor == 1, number, view))
         if not choices:
             return 0.0, None
-        cost, _, _, view = min(choices, key=lambda choice: choice[:3])
-        return cost, view
+        best = min(choices, key=lambda choice: choice[:4])
+        return best[0], best[4]
 
 
 def unscaled(operand: Operand) -> Operand:
