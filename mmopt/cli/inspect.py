@@ -32,6 +32,10 @@ def inspect(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads --kernels runs with. Default: one per core.")
     ] = None,
+    why: Annotated[
+        str | None,
+        typer.Option(metavar="NODE|PATTERN", help="Of a model: what passes did there, or what stopped them."),
+    ] = None,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
     json: JsonFile = None,
     verbose: Verbose = 0,
@@ -48,6 +52,9 @@ def inspect(
         return
     if kernels:
         raise UserError(f"{what} is not an artifact", where="--kernels", hint="compile it first: mmopt optimize MODEL")
+    if why is not None:
+        _explain(what, why, artifact, target, tuple(shape or ()), tuple(modality or ()), trust_code, show)
+        return
     if artifact:
         from mmopt.cli.inspecting_artifact import inspect_artifact
 
@@ -56,3 +63,20 @@ def inspect(
     from mmopt.cli.inspecting_model import inspect_model
 
     inspect_model(what, target, tuple(shape or ()), tuple(modality or ()), trust_code, show)
+
+
+def _explain(
+    what: str,
+    why: str,
+    artifact: bool,
+    target: str,
+    shapes: tuple[str, ...],
+    modalities: tuple[str, ...],
+    trust_code: bool,
+    show: Output,
+) -> None:
+    from mmopt.cli.inspecting_why import inspect_why
+
+    if artifact:
+        raise UserError(f"{what} is an artifact", where="--why", hint="ask about the model that it was made from")
+    inspect_why(what, why, target, shapes, modalities, trust_code, show)
