@@ -119,7 +119,7 @@ class Job:
         load_profile(self._settings["target"])
         original = self._load()
         inputs = [load_inputs(path, original) for path in request.inputs] or None
-        samples = _samples(request.calib, original)
+        samples = calibration_samples(request.calib, original)
         if dry:
             self._plan(original)
             return
@@ -353,7 +353,7 @@ def write_onnx(module: Module, output: pathlib.Path) -> int:
     return size
 
 
-def _samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:
+def calibration_samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:
     """What ``--calib`` stands for."""
     if calib is None:
         return None

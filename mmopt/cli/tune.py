@@ -24,7 +24,10 @@ def tune(
         list[str] | None, typer.Option("--pass", metavar="NAME{OPTION=VALUE}", help="Further pass, as for optimize.")
     ] = None,
     precision: Annotated[
-        str | None, typer.Option(metavar="fp32|bf16|fp16", help="Number format, as for optimize.")
+        str | None, typer.Option(metavar="fp32|bf16|fp16|int8", help="Number format, as for optimize.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(metavar="FILE.npz|DIR|random", help="Calibration samples, as for optimize.")
     ] = None,
     shape: Annotated[
         list[str] | None, typer.Option(metavar="NAME:1x3x224x224", help="Fix the shape of an input.")
@@ -62,7 +65,7 @@ def tune(
     if model is None:
         raise UserError("which model?", hint="mmopt tune MODEL, or mmopt tune --import DIR")
     request = Request(
-        model, target or "cpu", recipe, tuple(passes or ()), precision, tuple(shape or ()), jobs, trust_code
+        model, target or "cpu", recipe, tuple(passes or ()), precision, calib, tuple(shape or ()), jobs, trust_code
     )
     if export is not None:
         if minutes is not None:

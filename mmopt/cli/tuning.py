@@ -14,6 +14,7 @@ from mmopt.autotune.database import Database
 from mmopt.autotune.export import export, import_results
 from mmopt.autotune.runner import Budget, TuningReport
 from mmopt.backends.profile import load_profile
+from mmopt.cli.optimizing import calibration_samples
 from mmopt.cli.output import Output, table
 from mmopt.ir.module import Module
 from mmopt.loading import parse_shapes
@@ -29,6 +30,7 @@ class Request:
     recipe: str | None
     passes: tuple[str, ...]
     precision: str | None
+    calib: str | None
     shapes: tuple[str, ...]
     jobs: int | None
     trust_code: bool
@@ -105,6 +107,7 @@ def import_measured(path: pathlib.Path, database: pathlib.Path | None, target: s
 def _optimized(request: Request, show: Output) -> Module:
     """The model as ``mmopt optimize`` would compile it."""
     module = load(request.model, shapes=parse_shapes(request.shapes), trust_code=request.trust_code)
+    samples = calibration_samples(request.calib, module)
     with show.steps("optimize") as steps:
         result = optimize_module(
             module,
@@ -113,6 +116,7 @@ def _optimized(request: Request, show: Output) -> Module:
             precision=request.precision,
             recipe=request.recipe,
             passes=request.passes,
+            samples=samples,
             progress=lambda at: steps.at(at.index, at.total, at.name) if at.record is None else None,
         )
     for record in result.report.failed:
