@@ -7,6 +7,7 @@ nothing but its list of candidates to be tuned.
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,6 +95,9 @@ class LoweredModel:
                 space = self.spaces.setdefault(key, Space.of(choice))
                 space.calls = space.calls or sum(code.calls for code in found[key])
                 self._kernels.setdefault(key, {}).setdefault(identity(choice.chosen.parameters), found[key])
+        # The packed weights are as large as the model, and parts of the compiler that refer to each other hold them.
+        del builder
+        gc.collect()
 
 
 def _code(kernel: Kernel, calls: int) -> KernelCode:
