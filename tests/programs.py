@@ -18,6 +18,7 @@ from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions, compile_module
 from mmopt.pipeline.base import PassContext
 from mmopt.runtime.artifact import EntryPoint
+from mmopt.runtime.cpu import request_permissions
 from mmopt.runtime.native import NativeEngine
 from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.fuse.fuse_groups import FuseGroups
@@ -27,6 +28,8 @@ TYPES = {
     "float32": TensorProto.FLOAT,
     "float64": TensorProto.DOUBLE,
     "float16": TensorProto.FLOAT16,
+    "int8": TensorProto.INT8,
+    "uint8": TensorProto.UINT8,
     "int32": TensorProto.INT32,
     "int64": TensorProto.INT64,
     "bool": TensorProto.BOOL,
@@ -91,9 +94,11 @@ class Programs:
     ) -> None:
         names = [f"entry{n}" for n in range(len(modules))]
         first, *others = modules
+        chosen = profile if isinstance(profile, Profile) else profiles()[profile]
+        request_permissions(chosen.features, where=chosen.name)
         self._program = compile_module(
             first,
-            profile if isinstance(profile, Profile) else profiles()[profile],
+            chosen,
             entries=dict(zip(names[1:], others, strict=True)),
             options=CompileOptions(allow_fallback=False),
         )

@@ -246,16 +246,18 @@ class Emitter:
         return seq(multiply, self._hand_over(row, panel, present))
 
     def _partial(self, row: Expr, number: Expr, panel: Expr, present: Expr) -> Stmt:
-        """A tile whose number of rows is known at run time only."""
-        height, depth = self.cut.rows, self.nest.depth
-        copy = tirx.decl_buffer((i64(height * depth),), self.nest.a.dtype, "rows")
+        """The last rows when their number is known at run time only: the end of a whole tile that starts further up, or
+        one by one when there are not that many rows."""
+        height, zero = self.cut.rows, i64(0)
+        start = row + present - height
+        whole = self.multiply(address(self.nest.a[start, zero]), number, panel, height)
+        whole = seq(whole, self._hand_over(start, panel, present, height - present))
 
-        def element(r: Expr, k: Expr) -> Stmt:
-            return tirx.BufferStore(copy, self.nest.a[row + r, k], [r * depth + k])
+        def single(r: Expr) -> Stmt:
+            multiply = self.multiply(address(self.nest.a[row + r, zero]), number, panel, 1)
+            return seq(multiply, self._hand_over(row + r, panel, i64(1)))
 
-        fill = loop(present, lambda r: loop(depth, lambda k: element(r, k), name="k"), name="r")
-        multiply = self.multiply(address(copy[i64(0)]), number, panel, height)
-        return seq(tirx.AllocBuffer(copy), fill, multiply, self._hand_over(row, panel, present))
+        return when(start >= 0, whole, loop(present, single, name="r"))
 
     def multiply(self, start: Expr, number: Expr, panel: Expr, height: int) -> Stmt:
         """Code of one tile whose first row of A is at ``start``."""
@@ -269,8 +271,13 @@ class Emitter:
         here = address(b[panel, zero, zero, zero])
         return kernel.call(address(self.sums[zero]), self.width * 4, start, stride, here, self.steps, ahead=ahead)
 
-    def _hand_over(self, row: Expr, panel: Expr, present: Expr) -> Stmt:
-        return self.by_width(panel, lambda width: loop(present, lambda i: self.row(row, i, panel, width), name="i"))
+    def _hand_over(self, row: Expr, panel: Expr, present: Expr, skip: int | Expr = 0) -> Stmt:
+        """Hand over ``present`` rows of a tile that starts at ``row``, behind the first ``skip``."""
+
+        def rows(width: int) -> Stmt:
+            return loop(present, lambda i: self.row(row, i + skip, panel, width), name="i")
+
+        return self.by_width(panel, rows)
 
     def by_width(self, panel: Expr, make: Callable[[int], Stmt]) -> Stmt:
         """``make`` for the columns that ``panel`` has: the last one may have fewer."""

@@ -98,7 +98,7 @@ def candidates(profile: Profile, weights: Weights, rows: int, columns: int) -> l
     for vectors in (4, 2, 1) if profile.registers >= 32 else (2, 1):
         if vectors > 1 and (vectors - 1) * lanes >= columns:
             continue
-        held = vectors * (2 if weights.scaled else 0) + (vectors if weights.bits == 4 else 1) + 3
+        held = vectors * (3 if weights.scaled else 1) + 3
         most = (profile.registers - held) // vectors
         if most < 1:
             continue
