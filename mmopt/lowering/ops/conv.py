@@ -10,12 +10,19 @@ from tvm import tirx
 from tvm.ir import Expr
 
 from mmopt.backends.compute import SUM, Map, Reduction, Source, Tensor, guarded, index
-from mmopt.backends.cpu.choosing import dim
+from mmopt.backends.cpu.choosing import Workload, dim
 from mmopt.backends.cpu.kernels.conv import Window, pack_filters
-from mmopt.backends.cpu.kernels.conv_depthwise import DepthwiseConvolution
+from mmopt.backends.cpu.kernels.conv_depthwise import (
+    DepthwiseConvolution,
+    depthwise_candidates,
+    depthwise_workload,
+)
 from mmopt.backends.cpu.kernels.conv_direct import DirectConvolution
 from mmopt.backends.cpu.kernels.conv_patches import Convolved, direct_candidates, patch_of
 from mmopt.backends.cpu.kernels.tile import lanes_of
+from mmopt.backends.cpu.kernels.winograd import WinogradConvolution
+from mmopt.backends.cpu.kernels.winograd_cut import Cut, cut_of, winograd_candidates
+from mmopt.backends.cpu.kernels.winograd_transform import transform_filters
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.conv_narrow import known_widened, narrow_convolution
@@ -109,7 +116,13 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
         dim(x.shape[0]), depth, out // groups, groups, shape.window.kernel, shape.window.strides, extents, x.dtype
     )
     workload = work.workload()
-    patch = patch_of(context.program.chooser.choose(workload, direct_candidates(context.program.profile, work)))
+    offered = direct_candidates(context.program.profile, work)
+    if all(d == 1 for d in shape.window.dilations):
+        offered += winograd_candidates(context.program.profile, work)
+    chosen = context.program.chooser.choose(workload, offered)
+    if (cut := cut_of(chosen)) is not None:
+        return _winograd(node, x, w, bias, shape, cut, workload)
+    patch = patch_of(chosen)
     columns = patch.columns
     filters = context.program.packed(
         w, ("filters", groups, block, columns), lambda a: pack_filters(a, groups, block, columns)
@@ -129,17 +142,41 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
     return _finish(node, nest.output, bias, out, lanes)
 
 
+def _winograd(
+    node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geometry, cut: Cut, workload: Workload
+) -> Value:
+    assert w.constant is not None
+    context, channels, columns = node.context, w.constant.shape[0], cut.vectors * cut.lanes
+    filters = context.program.packed(
+        w, ("winograd", cut.tile, columns), lambda a: transform_filters(a, cut.tile, cut.lanes, columns)
+    )
+    source = context.in_blocks(x, cut.lanes)
+    space = shape.window.output(shape.padded_extents(x.shape[2:]))
+    nest = WinogradConvolution(source, filters, channels=channels, before=shape.begin, space=space, cut=cut)
+    nest.workload = workload
+    return _finish(node, nest.output, bias, channels, cut.lanes)
+
+
 def _depthwise(node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geometry, lanes: int) -> Value:
     assert w.constant is not None
-    channels = w.constant.shape[0]
-    source = padded_input(node, x, shape, lanes)
+    context, channels = node.context, w.constant.shape[0]
+    space = shape.window.output(shape.padded_extents(x.shape[2:]))
+    source: Tensor
+    if static(x.shape[-1]) is not None and static(shape.begin[-1]) is not None:
+        source, before = context.in_blocks(x, lanes), shape.begin
+    else:
+        source, before = padded_input(node, x, shape, lanes), (index(0),) * len(space)
 
     def pack(weight: np.ndarray) -> np.ndarray:
         split = weight.reshape(channels // lanes, lanes, *weight.shape[2:])
         return np.moveaxis(split, 1, -1)
 
-    filters = node.context.program.packed(w, ("depthwise", lanes), pack)
-    nest = DepthwiseConvolution(source, filters, window=shape.window, rows=8)
+    workload = depthwise_workload(x.dtype, channels, shape.window, space)
+    options = depthwise_candidates(context.program.profile, workload, lanes)
+    rows = context.program.chooser.choose(workload, options).number("rows")
+    filters = context.program.packed(w, ("depthwise", lanes), pack)
+    nest = DepthwiseConvolution(source, filters, window=shape.window, before=before, space=space, rows=rows)
+    nest.workload = workload
     return _finish(node, nest.output, bias, channels, lanes)
 
 

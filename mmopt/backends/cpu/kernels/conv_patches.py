@@ -14,6 +14,12 @@ from mmopt.backends.profile import Profile
 SHARED_BYTES = 7.0
 """Bytes a core gets from beyond its own caches in a cycle, when all cores ask."""
 
+MEMORY_BYTES = 4.3
+"""The same for what lies in memory."""
+
+OVERLAP = 0.4
+"""Share of the shorter of arithmetic and reading that the longer does not hide."""
+
 TILE_CYCLES = 24.0
 """Cycles of a tile besides its sums and results: clearing, filling the pipeline, jumps that are not foreseen."""
 
@@ -107,7 +113,7 @@ class Convolved:
 
 
 def direct_candidates(profile: Profile, conv: Convolved) -> list[Candidate]:
-    """Ways to cut ``conv`` with their predicted cycles on one core; :func:`patch_of` makes a patch of one."""
+    """Ways to cut ``conv`` with the predicted cycles of all cores together; :func:`patch_of` makes a patch of one."""
     lanes = lanes_of(profile, conv.dtype)
     widest = min(4 if profile.registers >= 32 else 2, -(-conv.channels // lanes))
     ahead = conv.input_bytes() + conv.weight_bytes() > profile.l2_bytes // 16  # else all is close by anyway
@@ -145,7 +151,7 @@ def _shapes(conv: Convolved, most: int) -> Iterator[tuple[int, int]]:
 
 
 def _cycles(profile: Profile, conv: Convolved, patch: Patch) -> float:
-    """Predicted cycles on one core."""
+    """Predicted cycles of all cores together."""
     size = itemsize(conv.dtype)
     vectors, last = divmod(-(-conv.channels // patch.lanes), patch.vectors)
     panel = conv.steps * patch.columns * size
@@ -155,8 +161,20 @@ def _cycles(profile: Profile, conv: Convolved, patch: Patch) -> float:
         for panels, wide in ((vectors, patch.vectors), (1, last)):
             if panels and wide:
                 total += count * panels * conv.groups * _tile_cycles(conv, rows, wide, cached=cached)
-    balance = _imbalance(profile, conv, patch)
-    return total * balance + _traffic(profile, conv, patch) / SHARED_BYTES
+    return combined(profile, total * _imbalance(profile, conv, patch), *_traffic(profile, conv, patch))
+
+
+def combined(profile: Profile, compute: float, shared: float, memory: float) -> float:
+    """Cycles of all cores together for arithmetic and for what they read at the same time.
+
+    Args:
+        profile: How many cores there are.
+        compute: Cycles of arithmetic.
+        shared: Bytes that all cores read from the last-level cache and from each other.
+        memory: Bytes that all cores read from memory.
+    """
+    reading = shared / SHARED_BYTES + memory / MEMORY_BYTES
+    return max(compute, reading) + OVERLAP * min(compute, reading)
 
 
 def _imbalance(profile: Profile, conv: Convolved, patch: Patch) -> float:
@@ -187,13 +205,11 @@ def _tile_cycles(conv: Convolved, rows: int, vectors: int, *, cached: bool) -> f
     return conv.steps * step + 2 * rows * vectors + TILE_CYCLES
 
 
-def _traffic(profile: Profile, conv: Convolved, patch: Patch) -> float:
-    """Bytes that a core, which has its share of the tasks, reads from beyond its second-level cache."""
+def _traffic(profile: Profile, conv: Convolved, patch: Patch) -> tuple[float, float]:
+    """Bytes of inputs and of weights that all cores read from beyond their second-level caches."""
     inputs, weights = conv.input_bytes(), conv.weight_bytes()
     room, panels = profile.l2_bytes / 2, conv.groups * -(-conv.channels // patch.columns)
     if patch.parts == 1:
-        again = max(1.0, panels / profile.cores) if inputs > room else 1.0
-        return inputs * again + weights / profile.cores
-    own = patch.parts / profile.cores
-    inputs_again = panels if inputs / patch.parts > room else 1
-    return inputs / profile.cores * inputs_again + weights * (own if weights > room else 1.0)
+        return inputs * (panels if inputs > room else profile.cores), weights
+    again = patch.parts if weights > room else profile.cores
+    return inputs * (panels if inputs / patch.parts > room else 1), weights * max(again, 1)
