@@ -23,7 +23,7 @@ from mmopt.pipeline.validation import (
 from mmopt.runnable import Inputs, Runnable
 
 _PROBES = 2
-_COARSEST = ("float64", "float32", "float16", "bfloat16", "8-bit")
+_COARSEST = ("float64", "float32", "float16", "bfloat16", "8-bit", "4-bit")
 
 
 @dataclasses.dataclass(frozen=True)

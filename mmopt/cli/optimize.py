@@ -45,6 +45,13 @@ def optimize(
         str | None,
         typer.Option(metavar="FILE.npz|DIR|random", help="Calibration samples; the leading axis counts."),
     ] = None,
+    quant: Annotated[
+        str | None,
+        typer.Option(
+            metavar="full|hierarchical|mixed[=SHARE]",
+            help="Quantize layer by layer; SHARE: bytes of weights that mixed may keep, of those in fp32.",
+        ),
+    ] = None,
     inputs: Annotated[
         list[pathlib.Path] | None,
         typer.Option(metavar="FILE.npz", help="Inputs to validate and measure on. Default: made from the model."),
@@ -88,7 +95,7 @@ def optimize(
     show = Output(verbose, quiet, json)
     if emit is not None and emit not in EMIT:
         raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
-    from mmopt.cli.optimizing import Job, Request, tuning_options
+    from mmopt.cli.optimizing import Job, Request, quantization, tuning_options
 
     Job(
         Request(
@@ -97,7 +104,7 @@ def optimize(
             target=target,
             level=level,
             recipe=recipe,
-            passes=tuple(passes or ()),
+            passes=(*(passes or ()), *quantization(quant)),
             precision=precision,
             calib=calib,
             inputs=tuple(inputs or ()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from mmopt.api import optimize as optimize_module
 from mmopt.building import CompileResult
 from mmopt.cli.output import Output, size_text, time_text
 from mmopt.cli.speed import Speed, measure
-from mmopt.errors import UserError, VerifyError
+from mmopt.errors import UserError, VerifyError, did_you_mean
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module, initializer_bytes
@@ -28,14 +29,16 @@ from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
-from mmopt.transforms.quantize import QuantizeDynamic, QuantizeStatic, QuantizeWeights
+from mmopt.transforms.quantize import Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
     from mmopt.pipeline.report import PipelineReport
 
 
-_LOSSY = ("calibration", NarrowFloats.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name)
+_LOSSY = (
+    "calibration", NarrowFloats.name, Quantize.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name
+)  # fmt: skip
 """Whose remarks are shown on every run: what they say is part of the result."""
 
 
@@ -351,6 +354,29 @@ def write_onnx(module: Module, output: pathlib.Path) -> int:
         for path in staged:
             os.replace(path, output.with_name(path.name))
     return size
+
+
+def quantization(quant: str | None) -> list[str]:
+    """The pass that ``--quant`` stands for.
+
+    Raises:
+        UserError: An unknown preset, or a share that is none.
+    """
+    if quant is None:
+        return []
+    preset, given, share = quant.partition("=")
+    presets = ("full", "hierarchical", "mixed")
+    if preset not in presets:
+        raise UserError(f"there is no preset {preset!r}", where="--quant", hint=did_you_mean(preset, presets))
+    if not given:
+        return [f"{Quantize.name}{{preset={preset}}}"]
+    try:
+        budget = float(share)
+    except ValueError:
+        budget = math.nan
+    if preset != "mixed" or not 0 < budget <= 1:
+        raise UserError(f"{quant!r} gives no budget", where="--quant", hint="for example --quant mixed=0.2")
+    return [f"{Quantize.name}{{preset=mixed,budget={budget:g}}}"]
 
 
 def calibration_samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:

@@ -16,13 +16,36 @@ from mmopt.pipeline.base import Fidelity
 _RELATIVE: dict[Fidelity, dict[str, float]] = {
     # Exact rewrites leave every operation as it was; what remains is a runtime that sums in another order when the
     # layout of an operand changes, and constants folded by another library's erf or exp: a few units in the last place.
-    Fidelity.EXACT: {"float64": 1e-12, "float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2, "8-bit": 1e-2},
+    Fidelity.EXACT: {
+        "float64": 1e-12,
+        "float32": 2e-6,
+        "float16": 2e-3,
+        "bfloat16": 1.6e-2,
+        "8-bit": 1e-2,
+        "4-bit": 1e-2,
+    },
     # Reassociation errors grow with depth: about 1000 units in the last place of float32 for a whole network.
-    Fidelity.ROUNDING: {"float64": 1e-9, "float32": 1e-4, "float16": 1e-2, "bfloat16": 4e-2, "8-bit": 1e-1},
+    Fidelity.ROUNDING: {
+        "float64": 1e-9,
+        "float32": 1e-4,
+        "float16": 1e-2,
+        "bfloat16": 4e-2,
+        "8-bit": 1e-1,
+        "4-bit": 3e-1,
+    },
 }
-_LAST_PLACES = {"float64": 2.0**-50, "float32": 2.0**-21, "float16": 2.0**-8, "bfloat16": 2.0**-5, "8-bit": 2.0**-3}
+_LAST_PLACES = {
+    "float64": 2.0**-50,
+    "float32": 2.0**-21,
+    "float16": 2.0**-8,
+    "bfloat16": 2.0**-5,
+    "8-bit": 2.0**-3,
+    "4-bit": 2.0**-3,
+}
 """Part of the largest value that an output of this dtype is always granted, as it cannot do better far from zero: four
 units in the last place, one for the 8-bit formats."""
+_QUANTIZING = ("QuantizeLinear", "DynamicQuantizeLinear", "DequantizeLinear")
+_FEW_BITS = {ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT2, ir.DataType.UINT2}
 _GRAIN = 2.0**-25
 """The last place of numbers just below one half. onnxruntime computes a sigmoid as one half plus a remainder, so its
 small probabilities are multiples of this, however small they are: a reference like that is right to some grains, not to
@@ -88,18 +111,20 @@ def working_precision(module: Module) -> str:
     """The coarsest number format that ``module`` computes in; rounding shows up at that scale in every output.
 
     Returns:
-        ``8-bit`` (quantization or float8 inside), ``bfloat16``, ``float16``, ``float32``, or ``float64`` when nothing
-        coarser occurs.
+        ``4-bit`` (weights of 4 bits or fewer), ``8-bit`` (quantization or float8 inside), ``bfloat16``, ``float16``,
+        ``float32``, or ``float64`` when nothing coarser occurs.
     """
     seen: set[ir.DataType | None] = set()
+    quantized = False
     for graph in (*module.model.graphs(), *(function.graph for function in module.model.functions.values())):
         seen.update(value.dtype for value in (*graph.inputs, *graph.initializers.values()))
         for node in graph:
-            if node.op_type in ("QuantizeLinear", "DynamicQuantizeLinear"):
-                return "8-bit"
+            quantized = quantized or node.op_type in _QUANTIZING
             seen.update(value.dtype for value in node.outputs)
             if node.op_type == "Cast":  # passes may leave the type of its output for inference
                 seen.add(ir.DataType(node.attributes.get_int("to", 0)))
+    if quantized:
+        return "4-bit" if seen & _FEW_BITS else "8-bit"
     if any(dtype is not None and dtype.name.startswith(("FLOAT8", "FLOAT6", "FLOAT4")) for dtype in seen):
         return "8-bit"
     for dtype in (ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.FLOAT):

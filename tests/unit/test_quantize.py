@@ -21,14 +21,18 @@ from mmopt.pipeline.base import Pass, PassContext
 from mmopt.transforms.quantize import (
     EqualizeLayers,
     ProtectWeights,
+    Quantize,
     QuantizeDynamic,
     QuantizeStatic,
     QuantizeWeights,
     SmoothActivations,
 )
+from mmopt.transforms.quantize.assignment import SCHEMES
 from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_error
 from mmopt.transforms.quantize.gptq import gptq, output_error
 from mmopt.transforms.quantize.layers import layers
+from mmopt.transforms.quantize.quantize import by_place
+from mmopt.transforms.quantize.sensitivity import measure
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
 
@@ -430,3 +434,117 @@ class TestBiasCorrection:
             got = np.log(evaluate(module, {"x": x[0]})["y"])
             shifts.append(np.abs((got - want).mean(axis=axes)).mean())
         assert shifts[0] < 0.5 * shifts[1]
+
+
+class TestPresets:
+    def test_full_is_static_everywhere(self) -> None:
+        module, context = quantized(Quantize())
+        assert count_ops(module)["QuantizeLinear"] == 2
+        assert any(remark.message.startswith("full: w8a8 ×2") for remark in context.remarks)
+        assert error(module, mlp()) < 0.03
+
+    @staticmethod
+    def deep(count: int = 12) -> Module:
+        """A stack of layers in a tower of its own; some of them matter much more than others."""
+        names = ", ".join(f"float[32,32] w{n}" for n in range(count))
+        steps = "".join(f"a{n} = MatMul(h{n}, w{n}) h{n + 1} = Tanh(a{n}) " for n in range(count))
+        text = f"g (float[4,32] h0, {names}) => (float[4,32] y) {{ {steps} y = Softsign(h{count}) }}"
+        module = weights(module_from(text, opset=21), **{f"w{n}": (32, 32) for n in range(count)})
+        for number, node in enumerate(module.graph):
+            node.name = f"{node.op_type}_{number}"
+        random = np.random.default_rng(4)
+        for n in range(count):
+            data = random.standard_normal((32, 32)).astype(np.float32) / 5
+            if n % 3 == 0:
+                data[0, 0] = 6.0
+            module.graph.initializers[f"w{n}"].const_value = ir.tensor(data, name=f"w{n}")
+        return module
+
+    @staticmethod
+    def context() -> PassContext:
+        return PassContext(inputs={"h0": feeds(count=40)})
+
+    def size(self, module: Module) -> float:
+        tensors = [v.const_value for v in module.graph.initializers.values() if v.uses() and str(v.name)[0] == "w"]
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None) / (12 * 32 * 32 * 4)
+
+    def test_hierarchical_keeps_the_ends(self) -> None:
+        module, context = self.deep(), self.context()
+        assert Quantize(preset="hierarchical").run(module, context)
+        found = {remark.node: remark.message for remark in context.remarks if remark.kind == "note"}
+        order = [message.split()[-1] for message in found.values()]
+        assert order == ["w8a8"] * 2 + ["w4"] * 8 + ["w8a8"] * 2
+
+    @pytest.mark.parametrize("budget", [0.16, 0.19, 0.23, 0.4])
+    def test_mixed_meets_its_budget_and_beats_uniform(self, budget: float) -> None:
+        module, context = self.deep(), self.context()
+        assert Quantize(preset="mixed", budget=budget).run(module, context)
+        assert self.size(module) < budget * 1.15  # offsets and zero points come on top of the weights
+
+    def test_mixed_is_closer_than_hierarchical_at_its_size(self) -> None:
+        x = {"h0": feeds(9)[0]}
+        want = evaluate(self.deep(), x)["y"]
+        places = by_place(self.deep(), list(layers(self.deep())), "w4")
+        share = sum(SCHEMES[name].bits for name in places.values()) / (32 * len(places))
+        errors = []
+        for pass_ in (Quantize(preset="mixed", budget=share), Quantize(preset="hierarchical")):
+            module = self.deep()
+            assert pass_.run(module, self.context())
+            errors.append(float(((evaluate(module, x)["y"] - want) ** 2).mean()))
+        assert errors[0] < errors[1]
+
+    def test_impossible_budget(self) -> None:
+        with pytest.raises(UserError, match=r"need at least 0\.156"):
+            Quantize(preset="mixed", budget=0.1).run(self.deep(), self.context())
+
+    def test_table_goes_before_the_preset(self) -> None:
+        module, context = self.deep(), self.context()
+        assert Quantize(table=("MatMul_0=fp32", "MatMul_[24]=w4")).run(module, context)
+        found = {r.node: r.message.split()[-1] for r in context.remarks if r.kind == "note"}
+        assert (found["MatMul_0"], found["MatMul_2"], found["MatMul_4"], found["MatMul_6"]) == (
+            "fp32", "w4", "w4", "w8a8",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"table": ("MatMul_0",)}, "gives no scheme"),
+            ({"table": ("Conv*=w8a8",)}, "no layer that w8a8 fits"),
+            ({"preset": "mixed", "schemes": ("w3",)}, "there is no scheme 'w3'"),
+        ],
+    )
+    def test_wrong_options(self, options: dict[str, object], message: str) -> None:
+        with pytest.raises(UserError, match=message):
+            Quantize(**options).run(self.deep(), self.context())  # type: ignore[arg-type]
+
+    def test_sensitivity_costs_what_it_says_and_is_the_error_of_each_layer_alone(self) -> None:
+        module = self.deep()
+        data = {"h0": feeds(count=40)}
+        runs: list[int] = []
+        found = measure(
+            module, list(layers(module)), ["w4"], data, None, progress=lambda done, total: runs.append(total)
+        )
+        assert found.samples == 2  # 3 % of 40, rounded up
+        assert len(runs) == 12
+        changed = self.deep()
+        QuantizeWeights(bits=4, block=32, include=("MatMul_6",)).run(changed, PassContext())
+        expected = []
+        for place in (0, 20):
+            want, got = (evaluate(one, {"h0": data["h0"][place]})["y"] for one in (module, changed))
+            expected.append(np.sqrt(((got - want) ** 2).mean() / (want**2).mean()))
+        assert found.of("MatMul_6", "w4") == pytest.approx(np.mean(expected), rel=1e-4)
+        ranked = [size for _, size in found.ranked("w4")]
+        assert ranked == sorted(ranked, reverse=True)
+
+    def test_command(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        ir.save(mlp().model, tmp_path / "m.onnx")
+        np.savez(tmp_path / "x.npz", x=feeds(count=8))
+        arguments = ["optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "a.onnx"), "--emit", "onnx"]
+        calib = ["--calib", str(tmp_path / "x.npz")]
+        for wrong in ("fulll", "mixed=2", "full=0.5", "mixed=x"):
+            assert main.run([*arguments, *calib, "--quant", wrong]) == 2
+            assert "--quant" in capsys.readouterr().err
+        assert main.run([*arguments, *calib, "--quant", "mixed=0.2"]) == 0
+        assert "mixed: w" in capsys.readouterr().err
+        kinds = {value.dtype for value in ir.load(tmp_path / "a.onnx").graph.initializers.values()}
+        assert ir.DataType.INT4 in kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mmopt.transforms.quantize.migrate_scales import EqualizeLayers, ProtectWeights, SmoothActivations
+from mmopt.transforms.quantize.quantize import Quantize
 from mmopt.transforms.quantize.quantize_dynamic import QuantizeDynamic
 from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
@@ -10,6 +11,7 @@ from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
 __all__ = [
     "EqualizeLayers",
     "ProtectWeights",
+    "Quantize",
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",

@@ -15,7 +15,7 @@ from typing import ClassVar, Literal
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.analysis.calibration import TensorStatistics, choose_range
+from mmopt.analysis.calibration import Calibration, TensorStatistics, choose_range
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import Array, Names, is_onnx, tensor_of
@@ -60,6 +60,10 @@ class QuantizeStatic(Pass):
         Raises:
             UserError: There is nothing to calibrate on.
         """
+        return self.quantize(module, context, None)
+
+    def quantize(self, module: Module, context: PassContext, calibration: Calibration | None) -> bool:
+        """As :meth:`run`, with statistics that are there already."""
         if module.opset < (BLOCKED_OPSET if self.activation_bits == 16 else 13):
             self.remark(context, "missed", "", f"opset {module.opset} is too old to quantize in")
             return False
@@ -72,7 +76,7 @@ class QuantizeStatic(Pass):
                 chosen[layer.data].append(layer)
         if not chosen:
             return False
-        calibration = calibration_of(self, self.stats, module, context)
+        calibration = calibration or calibration_of(self, self.stats, module, context)
         quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():

@@ -1,0 +1,187 @@
+"""Presets of per-layer quantization: everything, by place in the model, or by measured sensitivity under a budget."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, Literal
+
+from mmopt.analysis.calibration import Calibration
+from mmopt.analysis.towers import analyze_towers
+from mmopt.errors import UserError
+from mmopt.ir.module import Module
+from mmopt.pipeline.base import Fidelity, Pass, PassContext
+from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, nbytes, parameters
+from mmopt.transforms.quantize.calibrating import calibration_of
+from mmopt.transforms.quantize.layers import Layer, Selection, layers
+from mmopt.transforms.quantize.sensitivity import Sensitivity, measure
+
+EDGE = 0.15
+"""Share of a tower's layers, at either end, that ``hierarchical`` keeps at the higher precision."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantize(Pass):
+    """Quantize layer by layer: all alike, by their place, or by how much each moves the outputs.
+
+    Attributes:
+        preset: ``full``: int8 wherever there is an integer kernel. ``hierarchical``: the first and last layers of each
+            tower and what joins towers in 8 bits, the middle in ``lowest``. ``mixed``: the least error within
+            ``budget``.
+        budget: For ``mixed``: bytes of the layers' weights, as a share of those in float32.
+        lowest: The smallest scheme for ``hierarchical`` and ``mixed``: ``w4``, ``w8`` or ``w8a8``.
+        schemes: What ``mixed`` may choose from.
+        table: Schemes by pattern of node name (``*fc1*=w4``), which go before the preset's.
+        stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
+        method: How ranges of activations are chosen.
+        logits: Whether layers whose result leaves the model are quantized too.
+    """
+
+    fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
+
+    preset: Literal["full", "hierarchical", "mixed"] = "full"
+    budget: float = 0.25
+    lowest: Literal["w4", "w8", "w8a8"] = "w4"
+    schemes: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
+    table: tuple[str, ...] = ()
+    stats: str = ""
+    method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    logits: bool = False
+
+    def run(self, module: Module, context: PassContext) -> bool:
+        """Quantize; the report gets the scheme of each layer and why it has it.
+
+        Raises:
+            UserError: A budget or table that makes no sense, or nothing to calibrate on.
+        """
+        found: list[Layer] = []
+        selection = Selection(logits=self.logits)
+        for layer in layers(module):
+            if reason := selection.refusal(layer):
+                self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
+            else:
+                found.append(layer)
+        if not found:
+            return False
+        calibration = calibration_of(self, self.stats, module, context)
+        assignment = self._assignment(module, found, calibration, context)
+        assignment.update(self._from_table(found))
+        assign(module, assignment, calibration, method=self.method)
+        self._tell(found, assignment, context)
+        return any(name != FLOAT for name in assignment.values())
+
+    def _assignment(
+        self, module: Module, found: list[Layer], calibration: Calibration, context: PassContext
+    ) -> dict[str, str]:
+        if self.preset == "full":
+            return {layer.name: "w8a8" for layer in found}
+        if self.preset == "hierarchical":
+            return by_place(module, found, self.lowest)
+        if context.inputs is None:
+            raise UserError(
+                "measuring sensitivity needs samples, not statistics alone", where=self.name, hint="give --calib"
+            )
+        known = [name for name in self.schemes if name in SCHEMES]
+        if len(known) != len(self.schemes) or not known:
+            odd = next((name for name in self.schemes if name not in SCHEMES), "")
+            raise UserError(f"there is no scheme {odd!r}", where=self.name, hint=f"one of {', '.join(SCHEMES)}")
+        sensitivity = measure(module, found, known, context.inputs, calibration)
+        for layer, error in sensitivity.ranked("w8a8")[:5]:
+            self.remark(context, "note", layer, f"in w8a8 alone it moves the outputs by {error:.2%}")
+        return within(found, known, sensitivity, self.budget)
+
+    def _from_table(self, found: Sequence[Layer]) -> dict[str, str]:
+        result = {}
+        for entry in self.table:
+            pattern, _, scheme = entry.rpartition("=")
+            if scheme not in SCHEMES or not pattern:
+                raise UserError(f"{entry!r} gives no scheme", where=self.name, hint=f"PATTERN={'|'.join(SCHEMES)}")
+            matching = [
+                layer for layer in found if not Selection(include=(pattern,), logits=True).refusal(layer)
+                and SCHEMES[scheme].fits(layer)
+            ]  # fmt: skip
+            if not matching:
+                raise UserError(f"no layer that {scheme} fits is called {pattern!r}", where=self.name)
+            result.update({layer.name: scheme for layer in matching})
+        return result
+
+    def _tell(self, found: Sequence[Layer], assignment: Mapping[str, str], context: PassContext) -> None:
+        for layer in found:
+            self.remark(context, "note", layer.name, f"{layer.node.op_type} in {assignment[layer.name]}")
+        counts = collections.Counter(assignment[layer.name] for layer in found)
+        after = sum(nbytes(layer, SCHEMES[assignment[layer.name]]) for layer in found)
+        before = sum(nbytes(layer, SCHEMES[FLOAT]) for layer in found)
+        summary = ", ".join(f"{name} ×{count}" for name, count in counts.most_common())
+        message = f"{self.preset}: {summary}; weights of these layers {before / 1e6:.1f} MB → {after / 1e6:.1f} MB"
+        self.remark(context, "applied", "", message)
+
+
+def by_place(module: Module, found: Sequence[Layer], lowest: str) -> dict[str, str]:
+    """8 bits at the ends of each tower and outside of towers, ``lowest`` in the middle."""
+    towers = {name: tower.name for tower in analyze_towers(module).towers for name in tower.part.nodes}
+    members: dict[str, list[Layer]] = collections.defaultdict(list)
+    result = {}
+    for layer in found:
+        result[layer.name] = "w8a8"
+        if layer.name in towers:
+            members[towers[layer.name]].append(layer)
+    for group in members.values():
+        edge = max(1, round(EDGE * len(group)))
+        for layer in group[edge:-edge]:
+            result[layer.name] = lowest if SCHEMES[lowest].fits(layer) else "w8a8"
+    return result
+
+
+def within(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitivity, budget: float) -> dict[str, str]:
+    """The assignment with the least sum of squared errors whose weights take at most ``budget`` of those in float32.
+
+    Starts with the smallest scheme everywhere and takes the step that saves most error for each byte, while it fits.
+
+    Raises:
+        UserError: Even the smallest schemes exceed the budget.
+    """
+    options = {
+        layer.name: _frontier(layer, [name for name in schemes if SCHEMES[name].fits(layer)], sensitivity)
+        for layer in found
+    }
+    place = dict.fromkeys(options, 0)
+    size = sum(steps[0][0] for steps in options.values())
+    allowed = budget * sum(parameters(layer) * 4 for layer in found)
+    if size > allowed:
+        least = size / sum(parameters(layer) * 4 for layer in found)
+        raise UserError(
+            f"a budget of {budget:g} cannot be met: these schemes need at least {least:.3f}",
+            hint="raise the budget or allow smaller schemes",
+        )
+    while True:
+        gains = []
+        for name, steps in options.items():
+            if place[name] + 1 < len(steps):
+                (now, error, _), (then, less, _) = steps[place[name]], steps[place[name] + 1]
+                if size + then - now <= allowed:
+                    gains.append(((error**2 - less**2) / max(then - now, 1e-9), name, then - now))
+        if not gains:
+            return {name: steps[place[name]][2] for name, steps in options.items()}
+        _, best, more = max(gains)
+        place[best] += 1
+        size += more
+
+
+def _frontier(layer: Layer, schemes: Sequence[str], sensitivity: Sensitivity) -> list[tuple[float, float, str]]:
+    """(bytes, error, scheme) of the schemes worth having: each larger one is closer, at a falling gain a byte."""
+    points = sorted((nbytes(layer, SCHEMES[name]), sensitivity.of(layer.name, name), name) for name in schemes)
+    hull: list[tuple[float, float, str]] = []
+    for point in points:
+        if hull and point[1] >= hull[-1][1]:
+            continue
+        if hull and point[0] == hull[-1][0]:
+            hull.pop()
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: tuple[float, float, str], b: tuple[float, float, str]) -> float:
+    return float((a[1] ** 2 - b[1] ** 2) / max(b[0] - a[0], 1e-9))

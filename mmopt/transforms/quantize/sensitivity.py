@@ -1,0 +1,85 @@
+"""How much the outputs of a model move when one layer alone is quantized."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from mmopt.analysis.calibration import Calibration
+from mmopt.analysis.calibration.collect import Batches
+from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.module import Module
+from mmopt.transforms.canonicalize.editing import Array
+from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, relative_error
+from mmopt.transforms.quantize.layers import Layer
+
+EVALUATIONS = 3.0
+"""Runs over all samples, for every hundred layers and scheme, that measuring may cost."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sensitivity:
+    """Errors of the outputs by layer and scheme.
+
+    Attributes:
+        errors: Root mean square error of the worst output, of its root mean square, by (layer, scheme).
+        samples: Samples each was measured on.
+    """
+
+    errors: Mapping[tuple[str, str], float]
+    samples: int
+
+    def of(self, layer: str, scheme: str) -> float:
+        """The error of a layer under a scheme; 0 in float."""
+        return 0.0 if scheme == FLOAT else self.errors[layer, scheme]
+
+    def ranked(self, scheme: str) -> list[tuple[str, float]]:
+        """Layers by their error, the worst first."""
+        found = [(layer, error) for (layer, name), error in self.errors.items() if name == scheme]
+        return sorted(found, key=lambda pair: -pair[1])
+
+
+def measure(
+    module: Module,
+    layers: Sequence[Layer],
+    schemes: Iterable[str],
+    samples: Mapping[str, Array],
+    calibration: Calibration | None,
+    *,
+    threads: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Sensitivity:
+    """Quantize one layer at a time and run the whole model.
+
+    Args:
+        module: The module in float; it is left as it is.
+        layers: Layers to measure.
+        schemes: Schemes to measure each under, where it fits.
+        samples: Arrays by input name with a leading axis of samples. Each layer is measured on so many of them that a
+            hundred layers cost about :data:`EVALUATIONS` runs over all.
+        calibration: Statistics of the module.
+        threads: Threads of the reference runtime.
+        progress: Told runs done and all of them.
+
+    Raises:
+        BackendError: The model does not run on the samples.
+    """
+    batches = Batches(module, samples)
+    pairs = [(layer, name) for layer in layers for name in schemes if name != FLOAT and SCHEMES[name].fits(layer)]
+    count = max(1, math.ceil(len(batches) * EVALUATIONS / 100))
+    # Spread over the samples, so that no layer is judged by the first few alone.
+    places = [number * len(batches) // count for number in range(count)]
+    chosen = [batches[place] for place in places]
+    errors: dict[tuple[str, str], float] = {}
+    with ReferenceRunner(threads=threads) as runner:
+        reference: list[Any] = list(runner.stream(module, chosen))
+        for number, (layer, name) in enumerate(pairs):
+            changed = module.clone()
+            assign(changed, {layer.name: name}, calibration)
+            outputs = runner.stream(changed, chosen)
+            found = [relative_error(got, want) for got, want in zip(outputs, reference, strict=True)]
+            errors[layer.name, name] = sum(found) / len(found)
+            progress(number + 1, len(pairs))
+    return Sensitivity(errors, count)
