@@ -47,13 +47,24 @@ class RaisingPass(RulePass):
         return module.opset >= OPSET and apply_rules(self, self.rules(), module, context)
 
 
+_MAX_ROUNDS = 8
+
+
 def apply_rules(pass_: Pass, rules: Sequence[Rule], module: Module, context: PassContext) -> bool:
-    """Apply ``rules`` until none fires, drop what is dead, and report misses of nodes that are still there."""
+    """Apply ``rules`` and drop what is dead until neither changes anything; report misses of nodes still there.
+
+    A dead node counts as a use, so dropping it may let a rule fire that could not before.
+    """
     rewriter = Rewriter(module, rules)
+    fired = rewriter.fired
     changed = rewriter.run()
-    if changed:
+    for _ in range(_MAX_ROUNDS):
+        if not rewriter.fired:
+            break
         EliminateDeadCode().run(module, context)
-    alive = {node.name for graph in module.model.graphs() for node in graph}
-    rewriter.missed = [(name, reason) for name, reason in rewriter.missed if name in alive]
+        rewriter = Rewriter(module, rules)
+        rewriter.run()
+        fired.update(rewriter.fired)
+    rewriter.fired = fired
     report(pass_, rewriter, context)
     return changed
