@@ -72,32 +72,41 @@ def geometries() -> list[Geometry]:
 # -- bfloat16 --------------------------------------------------------------------------------------------------
 
 
-def narrowed(model: onnx.ModelProto) -> Module:
-    """``model`` with its convolution in bfloat16, as ``--precision bf16`` makes it."""
+FLOATS = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
+
+
+def narrowed(model: onnx.ModelProto, kind: str = "bf16") -> Module:
+    """``model`` with its convolution in a narrow format, as ``--precision`` makes it."""
     module = Module(ir.from_proto(model))
     InferShapes().run(module, PassContext())
-    assert NarrowFloats().run(module, PassContext())
+    assert NarrowFloats(format=kind).run(module, PassContext())  # type: ignore[arg-type]
     FuseGroups().run(module, PassContext())
     return module
 
 
-def rounded_example(g: Geometry) -> Example:
+def rounded_example(g: Geometry, kind: str = "bf16") -> Example:
     """A float32 model with the answer that rounded operands give."""
     made = test_kernel_conv.example(g)
     weights = {t.name: onnx.numpy_helper.to_array(t) for t in made.model.graph.initializer}
-    x, w = (a.astype(ml_dtypes.bfloat16).astype(np.float32) for a in (made.feeds["x"], weights["w"]))
+    x, w = (a.astype(FLOATS[kind]).astype(np.float32) for a in (made.feeds["x"], weights["w"]))
     return dataclasses.replace(made, want=[convolved(g, x, w, weights.get("bias"))])
 
 
 @pytest.mark.parametrize("name", ANY_LEVEL)
-def test_bfloat16_against_float64_of_the_rounded_operands(name: str) -> None:
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_floats_against_float64_of_the_rounded_operands(name: str, kind: str) -> None:
     # Sums of up to 800 products, each rounded to float32: some units in the last place of the largest result.
-    check([rounded_example(g) for g in geometries() if g.dtype == "float32"], level(name), 2e-6, narrowed)
+    shapes = geometries() if kind == "bf16" else geometries()[::3]
+    examples = [rounded_example(g, kind) for g in shapes if g.dtype == "float32"]
+    check(examples, level(name), 2e-6, lambda model: narrowed(model, kind))
 
 
-def test_the_template_is_used() -> None:
-    examples = [rounded_example(Geometry((1, 64, 8, 8), (64, 64, 3, 3), pads=(1, 1, 1, 1)))]
-    assert "conv_bf16" in Programs([narrowed(e.model) for e in examples], level(QUICK)).templates
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_the_template_is_used_and_weights_are_stored_narrow(kind: str) -> None:
+    example = rounded_example(Geometry((1, 64, 8, 8), (64, 64, 3, 3), pads=(1, 1, 1, 1)))
+    program = Programs([narrowed(example.model, kind)], level(QUICK))
+    assert f"conv_{kind}" in program.templates
+    assert sum(a.nbytes for a in program.weights.values()) < 64 * 64 * 9 * 2 + 1024
 
 
 # -- integers --------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ PAIRS = [
     ("bfloat16", "bfloat16"),
     ("float32", "float32"),
     ("float32", "bfloat16"),
+    ("float16", "float16"),
     ("float32", "int8"),
 ]
 INSTRUCTIONS = {
@@ -186,7 +187,7 @@ def test_two_profiles_never_share_a_wrong_kernel() -> None:
 
 def test_what_has_no_instruction() -> None:
     wide = load_profile("sapphirerapids")
-    assert dot_for(wide, "float16", "float16") is None
+    assert dot_for(wide, "float16", "bfloat16") is None
     assert dot_for(load_profile("armv8.2"), "uint8", "int8") is None
     narrow = Profile("narrow", vector_bytes=16)
     assert dot_for(narrow, "uint8", "int8") is None

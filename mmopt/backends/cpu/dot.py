@@ -77,8 +77,8 @@ def dot_for(profile: Profile, a: str, b: str) -> Dot | None:
 
     Args:
         profile: The target.
-        a: Element type of the left operand: ``uint8``, ``int8``, ``bfloat16`` or ``float32``.
-        b: Element type of the right operand: ``int8``, ``bfloat16`` or ``float32``.
+        a: Element type of the left operand: ``uint8``, ``int8``, ``bfloat16``, ``float16`` or ``float32``.
+        b: Element type of the right operand: ``int8``, ``bfloat16``, ``float16`` or ``float32``.
 
     Returns:
         ``None`` when there is none for this target or these types.
@@ -89,6 +89,8 @@ def dot_for(profile: Profile, a: str, b: str) -> Dot | None:
         return _integer_dot(profile, a)
     if (a, b) == ("bfloat16", "bfloat16"):
         return _bf16_dot(profile)
+    if (a, b) == ("float16", "float16"):  # sums in float16 would lose too much
+        return _simple(profile, "fma", "float32", "float16", "float32", 1, 2)
     if a == "float32" and b in ("float32", "bfloat16", "int8"):
         return _simple(profile, "fma", "float32", b, "float32", 1, 1 if b == "float32" else 2)
     return None

@@ -23,6 +23,7 @@ _HEADER = (
 )
 
 _TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
+_TYPES["float16"] = "half"
 
 
 class Writer:
@@ -192,6 +193,8 @@ class _Vectors(_Kernel):
         if dot.name == "fma" and dot.b == "int8":
             wide = w.let(f"sext <{lanes} x i8> {loaded} to <{lanes} x i32>")
             return w.let(f"sitofp <{lanes} x i32> {wide} to <{lanes} x float>")
+        if dot.name == "fma" and dot.b == "float16":
+            return w.let(f"fpext <{lanes} x half> {loaded} to <{lanes} x float>")
         if dot.name == "fma" and dot.b == "bfloat16":
             wide = w.let(f"zext <{lanes} x i16> {loaded} to <{lanes} x i32>")
             high = w.let(f"shl <{lanes} x i32> {wide}, splat (i32 16)")

@@ -17,6 +17,7 @@ from mmopt.backends.cpu.dot import Dot, dot_for
 from mmopt.backends.cpu.kernels.conv_dot import Cut, DotConvolution, Shape, Walk, block_of, candidates, pack_filters
 from mmopt.backends.cpu.kernels.tile import spans
 from mmopt.backends.cpu.loops import split_index, static
+from mmopt.lowering.ops.products import NARROW_FLOATS
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import Quantized, Value, plain_view
 
@@ -48,8 +49,8 @@ def narrow_convolution(
     if x.dtype != "float32" or w.dtype != "float32":
         return None
     bias = None if bias is None else known_widened(bias)
-    if x.narrow is not None and w.narrow is not None and x.narrow.dtype == w.narrow.dtype == "bfloat16":
-        return _bf16(node, x.narrow, w.narrow, bias, groups, shape)
+    if x.narrow is not None and w.narrow is not None and x.narrow.dtype == w.narrow.dtype:
+        return _floats(node, x.narrow, w.narrow, bias, groups, shape)
     if x.quantized is not None and w.quantized is not None:
         return _dequantized(node, x.quantized, w.quantized, bias, groups, shape)
     return None
@@ -79,14 +80,14 @@ def known_widened(value: Value) -> Value:
 # -- floats ----------------------------------------------------------------------------------------------------
 
 
-def _bf16(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value | None:
-    dot = dot_for(node.context.program.profile, "bfloat16", "bfloat16")
+def _floats(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value | None:
+    dot = dot_for(node.context.program.profile, x.dtype, w.dtype)
     if dot is None or w.constant is None:
         return None
     plan = _Plan.of(node, x, w.constant, groups, shape, dot)
     if plan is None:
         return None
-    total = plan.sums(node, x, w.constant, w.name, 0, "conv_bf16")
+    total = plan.sums(node, x, w.constant, w.name, 0, f"conv_{NARROW_FLOATS[x.dtype]}")
     if bias is None:
         return plan.finished(node, total, "float32", None)
     addend = node.context.tensor(bias)

@@ -21,13 +21,16 @@ from mmopt.lowering.values import Quantized, Value
 
 BYTES = ("int8", "uint8")
 
+NARROW_FLOATS = {"bfloat16": "bf16", "float16": "fp16"}
+"""Types of narrow floats, and how kernels are named after them."""
+
 
 def narrow_product(node: OpNode, a: Value, b: Value) -> Value | None:
     """``a @ b`` computed in the narrow numbers that the operands were made from.
 
     Args:
         node: The node being lowered.
-        a: ``[..., M, K]``, float32 or bfloat16.
+        a: ``[..., M, K]``, float32, bfloat16 or float16.
         b: ``[K, N]`` of the same type.
 
     Returns:
@@ -35,16 +38,16 @@ def narrow_product(node: OpNode, a: Value, b: Value) -> Value | None:
     """
     if b.ndim != 2 or a.ndim < 2 or any(static(d) == 0 for d in (*a.shape, *b.shape)):
         return None
-    if a.dtype == b.dtype == "bfloat16":
-        wide = _bf16_product(node, a, b)
-        return None if wide is None else _narrowed(node, wide)
+    if a.dtype == b.dtype and a.dtype in NARROW_FLOATS:
+        wide = _float_product(node, a, b)
+        return None if wide is None else _narrowed(node, wide, a.dtype)
     if a.dtype != "float32" or b.dtype != "float32":
         return None
     if b.quantized is not None:
         made = None if a.quantized is None else _quantized_product(node, a.quantized, b.quantized)
         return made or weight_only_product(node, a, b.quantized)
-    if a.narrow is not None and b.narrow is not None and a.narrow.dtype == b.narrow.dtype == "bfloat16":
-        return _bf16_product(node, a.narrow, b.narrow)
+    if a.narrow is not None and b.narrow is not None and a.narrow.dtype == b.narrow.dtype:
+        return _float_product(node, a.narrow, b.narrow)
     return None
 
 
@@ -65,15 +68,15 @@ def transposed_origin(origin: Value, made: Value, order: Sequence[int]) -> None:
 # -- floats ----------------------------------------------------------------------------------------------------
 
 
-def _bf16_product(node: OpNode, a: Value, b: Value) -> Value | None:
-    dot = dot_for(node.context.program.profile, "bfloat16", "bfloat16")
+def _float_product(node: OpNode, a: Value, b: Value) -> Value | None:
+    dot = dot_for(node.context.program.profile, a.dtype, b.dtype)
     if dot is None or b.constant is None:
         return None
-    return Value(_multiplied(node, a, b, dot, "matmul_bf16"), name=node.name)
+    return Value(_multiplied(node, a, b, dot, f"matmul_{NARROW_FLOATS[a.dtype]}"), name=node.name)
 
 
-def _narrowed(node: OpNode, wide: Value) -> Value:
-    return Value(Map(wide.shape, "bfloat16", lambda *at: wide.tensor[at].astype("bfloat16"), "narrow"), name=node.name)
+def _narrowed(node: OpNode, wide: Value, dtype: str) -> Value:
+    return Value(Map(wide.shape, dtype, lambda *at: wide.tensor[at].astype(dtype), "narrow"), name=node.name)
 
 
 # -- integers --------------------------------------------------------------------------------------------------

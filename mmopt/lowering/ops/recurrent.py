@@ -135,7 +135,7 @@ class _Layer:
             made = Value(constant=packed.data, name=f"{self.w.name}.arranged")
             if made.dtype == self.x.dtype:
                 return made
-            narrow = self.x.narrow is not None and self.x.narrow.dtype == made.dtype == "bfloat16"
+            narrow = self.x.narrow is not None and self.x.narrow.dtype == made.dtype
             wide = converted(self.node, made, self.x.dtype)
             return wide if narrow else Value(constant=packed.data.astype(self.x.dtype), name=made.name)
         w = self.node.context.tensor(self.w)
