@@ -17,6 +17,10 @@ _SKIPPED = ["s_tir.CompactBufferAllocation"]
 symbolic it puts loop variables into the size."""
 
 
+_WIDE = "-prefer-256-bit"
+"""LLVM splits vectors of 64 bytes on some processors unless told not to."""
+
+
 def code_generation() -> tvm.transform.PassContext:
     """Context in which kernels are compiled."""
     return tvm.transform.PassContext(opt_level=3, disabled_pass=_SKIPPED)
@@ -30,8 +34,9 @@ def target_of(profile: Profile) -> tvm.target.Target:
         "mcpu": profile.mcpu,
         "num-cores": profile.cores,
     }
-    if profile.llvm_features:
-        spec["mattr"] = list(profile.llvm_features)
+    features = [_WIDE] if profile.vector_bytes == 64 else []
+    if features or profile.llvm_features:
+        spec["mattr"] = [*features, *profile.llvm_features]
     return tvm.target.Target(spec)
 
 
