@@ -21,7 +21,14 @@ from mmopt.ir.module import Module
 from mmopt.lowering.ops.matmul import pack_panels
 from tests.kernels import Arrays, Case, Memory, failures, profiles
 from tests.programs import Example, Programs, assert_close
-from tests.unit import test_compute, test_kernel_conv, test_kernel_matmul, test_kernel_recurrent
+from tests.unit import (
+    test_compute,
+    test_conv_narrow,
+    test_kernel_attention,
+    test_kernel_conv,
+    test_kernel_matmul,
+    test_kernel_recurrent,
+)
 from tests.unit.test_kernel_conv import Geometry
 from tests.unit.test_kernel_recurrent import Layer
 
@@ -85,10 +92,18 @@ def blocks(profile: str) -> list[Case]:
     return cases
 
 
+def attentions(profile: str) -> list[Case]:
+    """Tails of rows, keys and features; masks that end before the keys; sizes known and not."""
+    made = [*test_kernel_attention.own_choice(), *test_kernel_attention.many_blocks(profile)]
+    made += [*test_kernel_attention.masks()[::2], *test_kernel_attention.symbolic(profile)[:6:2]]
+    return test_kernel_attention.cases(made, profile)
+
+
 FAMILIES: list[Callable[[str], list[Case]]] = [
     rows,
     products,
     blocks,
+    lambda profile: test_conv_narrow.bare(profile),
     lambda _: test_compute.guards(),
     lambda _: test_compute.row_chains()[:12],
 ]
