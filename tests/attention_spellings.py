@@ -24,7 +24,8 @@ class Spelling:
         size: Size of a head.
         keys: Number of keys; as many as queries, and from the same input, when 0.
         dynamic: Whether batch and sequence are named sizes.
-        layout: ``heads``, ``bmm``, ``split``, ``gather`` (both from one projection) or ``einsum``.
+        layout: ``heads``, ``bmm``, ``split``, ``gather`` (both from one projection), ``einsum``
+            or ``keras`` (keys before queries).
         scale: Where the scale stands: ``scores-mul``, ``scores-div``, ``query``, ``key``, ``both``, ``none``.
         mask: ``none``, ``added`` (an input [batch, 1, 1, keys]), ``chosen`` (a boolean input), ``bert``
             ((1 - m) · -10000), ``causal-added``, ``causal-chosen``, ``bias`` (a weight), ``scaled`` (added
@@ -54,7 +55,8 @@ class Spelling:
         return self.keys or 5
 
 
-LAYOUTS = ("heads", "bmm", "split", "gather", "einsum")
+LAYOUTS = ("heads", "bmm", "split", "gather", "einsum", "keras")
+EINSUMS = ("einsum", "keras")
 SCALES = ("scores-mul", "scores-div", "query", "key", "both", "none")
 MASKS = ("none", "added", "chosen", "bert", "causal-added", "causal-chosen", "bias", "scaled")
 
@@ -118,13 +120,13 @@ class _Writer:
 
     def _heads(self, x: ir.Value, count: int) -> ir.Value:
         cut = self.b.op("Reshape", x, self.b.constant([0, 0, count, self.s.size]))
-        return cut if self.s.layout == "einsum" else self.b.op("Transpose", cut, perm=[0, 2, 1, 3])
+        return cut if self.s.layout in EINSUMS else self.b.op("Transpose", cut, perm=[0, 2, 1, 3])
 
     def _repeated(self, x: ir.Value) -> ir.Value:
         s, b = self.s, self.b
         if s.kept == s.heads:
             return x
-        axis = 3 if s.layout == "einsum" else 2
+        axis = 3 if s.layout in EINSUMS else 2
         shape = [1, 1, 1, 1, 1]
         shape[axis] = s.heads // s.kept
         wide = b.op("Expand", b.op("Unsqueeze", x, b.constant([axis])), b.constant(shape))
@@ -143,6 +145,8 @@ class _Writer:
             key = b.op("Mul", b.constant([s.size**-0.5], np.float32) if s.scale == "key" else root, key)
         if s.layout == "einsum":
             return b.op("Einsum", query, key, equation="bihd,bjhd->bhij")
+        if s.layout == "keras":
+            return b.op("Einsum", key, query, equation="aecd,abcd->acbe")
         rank = 3 if s.layout == "bmm" else 4
         return b.op("MatMul", query, b.op("Transpose", key, perm=[*range(rank - 2), rank - 1, rank - 2]))
 
@@ -206,7 +210,7 @@ class _Writer:
         return self.b.op("Where", self.b.op("IsNaN", weights), self.b.constant(0.0, np.float32), weights)
 
     def _mixed(self, weights: ir.Value, value: ir.Value) -> ir.Value:
-        if self.s.layout == "einsum":
+        if self.s.layout in EINSUMS:
             return self.b.op("Einsum", weights, value, equation="bhij,bjhd->bihd")
         return self.b.op("MatMul", weights, self._flat(value) if self.s.layout == "bmm" else value)
 
@@ -214,7 +218,7 @@ class _Writer:
         b, s = self.b, self.s
         if s.layout == "bmm":
             mixed = b.op("Reshape", mixed, b.constant([-1, s.heads, 5, s.size]))
-        if s.layout != "einsum":
+        if s.layout not in EINSUMS:
             mixed = b.op("Transpose", mixed, perm=[0, 2, 1, 3])
         return b.op("Reshape", mixed, b.constant([0, 0, -1]))
 

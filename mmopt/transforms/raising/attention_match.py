@@ -16,7 +16,7 @@ import onnx_ir as ir
 from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
 from mmopt.transforms.canonicalize.rewriting import Rewriter
 from mmopt.transforms.raising.building import sole_user, uniform
-from mmopt.transforms.raising.contraction import Contraction, contraction
+from mmopt.transforms.raising.contraction import Contraction, contraction, exchanged
 from mmopt.transforms.raising.layout import Group, Layout, extent, regroup, scaling
 
 _MAX_CHAIN = 24
@@ -78,16 +78,23 @@ def match_attention(softmax: ir.Node, rewriter: Rewriter) -> Match | str:
     reason = chain.follow(path)
     if reason:
         return reason
-    layout = chain.layout
     axis = softmax.attributes["axis"].as_int() if "axis" in softmax.attributes else -1
-    if layout is None or chain.scores is None:
+    if chain.layout is None or chain.scores is None:
         return "the axes of the scores cannot be followed"
-    if layout.groups[axis] != tuple(atom for atom in layout.order if atom.role == "column"):
-        return "the softmax is not taken over the keys"
+    if _is_whole(chain.layout, axis, "row") and not _is_whole(chain.layout, axis, "column"):
+        chain.turn()  # the keys stand left of the queries
+    layout = chain.layout
+    if not _is_whole(layout, axis, "column"):
+        return "the softmax is not taken over one axis of its own"
     mixed = _mixed(weights, layout, rewriter)
     if isinstance(mixed, str):
         return mixed
     return Match(chain.scores, mixed, layout, chain.scale, chain.cap, chain.terms, rewriter.dtype(softmax.inputs[0]))
+
+
+def _is_whole(layout: Layout, axis: int, role: str) -> bool:
+    """Whether an axis carries all atoms of ``role`` and nothing else."""
+    return layout.groups[axis] == tuple(atom for atom in layout.order if atom.role == role)
 
 
 # -- from the softmax forward --------------------------------------------------------------------------------------
@@ -189,8 +196,9 @@ def _path(value: ir.Value | None, rewriter: Rewriter, depth: int = 0) -> list[tu
 
 
 def _is_scores(node: ir.Node) -> bool:
-    """Whether both factors can be queries and keys: the keys, at least, are computed."""
-    return len(node.inputs) == 2 and tensor_of(node.inputs[1]) is None
+    """Whether the factors can be queries and keys: the keys, at least, are computed."""
+    either = (1,) if node.op_type == "MatMul" else (0, 1)
+    return len(node.inputs) == 2 and any(tensor_of(node.inputs[n]) is None for n in either)
 
 
 def _score_operands(node: ir.Node) -> tuple[int, ...]:
@@ -234,6 +242,12 @@ class _Chain:
         if sole_user(path[-1][0].outputs[0]) is None:
             return f"the scores of {path[-1][0].name} are needed elsewhere too"
         return self._settle()
+
+    def turn(self) -> None:
+        """Call the left factor keys and the right one queries."""
+        if self.scores is not None and self.layout is not None:
+            self.scores, self.layout = self.scores.turned(), exchanged(self.layout)
+            self.terms = [dataclasses.replace(term, layout=exchanged(term.layout)) for term in self.terms]
 
     def _settle(self) -> str:
         if self.cap:

@@ -35,16 +35,15 @@ class Contraction:
 
     def turned(self) -> Contraction:
         """The same product with its factors exchanged."""
-        swap = {"row": "column", "column": "row"}
+        left, right = exchanged(self.right_layout), exchanged(self.left_layout)
+        return Contraction(self.node, self.right, self.left, left, right, exchanged(self.layout))
 
-        def renamed(layout: Layout) -> Layout:
-            groups = tuple(
-                tuple(dataclasses.replace(a, role=swap.get(a.role, a.role)) for a in g) for g in layout.groups
-            )
-            return dataclasses.replace(layout, groups=groups)
 
-        left, right = renamed(self.right_layout), renamed(self.left_layout)
-        return Contraction(self.node, self.right, self.left, left, right, renamed(self.layout))
+def exchanged(layout: Layout) -> Layout:
+    """``layout`` with rows called columns and columns rows."""
+    swap = {"row": "column", "column": "row"}
+    groups = [[dataclasses.replace(a, role=swap.get(a.role, a.role)) for a in g] for g in layout.groups]
+    return dataclasses.replace(layout, groups=tuple(tuple(group) for group in groups))
 
 
 def contraction(
