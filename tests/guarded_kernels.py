@@ -28,6 +28,7 @@ from tests.unit import (
     test_kernel_conv,
     test_kernel_matmul,
     test_kernel_recurrent,
+    test_kernel_winograd,
 )
 from tests.unit.test_kernel_conv import Geometry
 from tests.unit.test_kernel_recurrent import Layer
@@ -106,6 +107,8 @@ FAMILIES: list[Callable[[str], list[Case]]] = [
     lambda profile: test_conv_narrow.bare(profile),
     lambda _: test_compute.guards(),
     lambda _: test_compute.row_chains()[:12],
+    lambda profile: test_kernel_conv.cut_up(profiles()[profile], 12),
+    lambda profile: test_kernel_winograd.grid(lanes_of(profiles()[profile], "float32"))[::2],
 ]
 
 

@@ -29,6 +29,9 @@ ALIGNMENT = 64
 """Bytes to whose multiples TVM wants memory aligned."""
 
 MARK = 0xA5
+UNTOUCHED = 77
+"""What results hold before a kernel runs: something no kernel computes."""
+
 TOLERANCE = {"float16": 2e-3, "float32": 2e-5, "float64": 1e-12}
 """Largest error allowed, as a fraction of the largest expected number (at least one)."""
 
@@ -114,7 +117,7 @@ class Compiled:
         name, kernel = self.kernels[tuple(case.outputs)]
         given = [memory.array(case.feeds[s]) for s in kernel.sources]
         before = [a.copy() for a in given]
-        results = [memory.array(np.full_like(w, 77)) for w in case.want]
+        results = [memory.array(np.full_like(w, UNTOUCHED)) for w in case.want]
         sizes = [case.sizes[str(s.name)] for s in kernel.symbols]
         arguments = [tvm.runtime.from_dlpack(a) if a.size else tvm.runtime.tensor(a) for a in (*given, *results)]
         count = len(given)

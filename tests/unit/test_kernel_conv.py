@@ -11,8 +11,15 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto, helper
 
+from mmopt.backends.compute import Map, Tensor
+from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.cpu.kernels.conv import Window, pack_filters
-from tests.kernels import PROFILES
+from mmopt.backends.cpu.kernels.conv_direct import DirectConvolution
+from mmopt.backends.cpu.kernels.conv_patches import Convolved, Patch, direct_candidates, patch_of
+from mmopt.backends.cpu.kernels.tile import lanes_of
+from mmopt.backends.profile import Profile
+from tests.kernels import PROFILES, UNTOUCHED, WIDEST, Arrays, Case, profiles
+from tests.kernels import check as check_kernels
 from tests.programs import Example, check, grouped, model_of, wrong_answers
 
 
@@ -132,6 +139,9 @@ def groups() -> list[Example]:
         Geometry((1, 48, 5, 5), (96, 16, 1, 1), groups=3),
         Geometry((2, 32, 9, 17), (32, 1, 3, 3), groups=32, pads=(1, 1, 1, 1)),
         Geometry((1, 16, 30), (16, 1, 5), groups=16, strides=(2,), pads=(2, 2), bias=False),
+        Geometry((1, 16, 5, 30), (16, 1, 5, 5), groups=16, pads=(4, 4, 1, 0)),
+        Geometry((1, 16, 3, 2), (16, 1, 5, 5), groups=16, pads=(2, 2, 2, 2)),
+        Geometry((1, 16, 9, 40), (16, 1, 3, 3), groups=16, strides=(2, 2), dilations=(1, 3), pads=(1, 3, 1, 3)),
         Geometry((1, 16, 4, 4, 5), (16, 1, 2, 2, 2), groups=16, dilations=(2, 1, 1)),
         Geometry((1, 20, 9, 5), (20, 1, 3, 3), groups=20, pads=(1, 1, 1, 1)),
         Geometry((1, 16, 9, 5), (32, 1, 3, 3), groups=16, pads=(1, 1, 1, 1)),
@@ -303,6 +313,85 @@ def _symbolic_operands() -> list[Example]:
         model = model_of(nodes, feeds, ["y", "e"], weights, symbolic={"x": ["n", 16, "h", "w"]})
         made.append(Example(f"residual block {n}×{h}×{w}", model, feeds))
     return made
+
+
+def _random_geometry(random: np.random.Generator, lanes: int) -> Geometry:
+    """Channels in whole blocks or a few, extents up to a little more than a tile's, any taps and steps."""
+    rank, groups = int(random.integers(1, 4)), int(random.choice([1, 1, 2]))
+    depth = int(random.choice([lanes, 2 * lanes, 3])) if groups == 1 else lanes
+    out = (
+        groups * int(random.choice([lanes, 2 * lanes, 3 * lanes])) if groups > 1 else int(random.integers(1, 4 * lanes))
+    )
+    taps = tuple(int(k) for k in random.integers(1, 4, rank))
+    strides = tuple(int(s) for s in random.integers(1, 3, rank))
+    space = tuple(int(k + e) for k, e in zip(taps, random.integers(0, 34 if rank == 1 else 9, rank), strict=True))
+    return Geometry((int(random.integers(1, 3)), depth * groups, *space), (out, depth, *taps), strides, groups=groups)
+
+
+def cut_up(profile: Profile, count: int) -> list[Case]:
+    """Random convolutions, each cut in a random one of the ways that tuning may try, with a residual and without."""
+    random, lanes = np.random.default_rng(7), lanes_of(profile, "float32")
+    made = []
+    for number in range(count):
+        g = _random_geometry(random, lanes)
+        block = lanes if g.w[1] % lanes == 0 else 1
+        flat = block > 1 and set(g.w[2:]) == set(g.strides) == {1}
+        space = tuple((x - k) // s + 1 for x, k, s in zip(g.x[2:], g.w[2:], g.strides, strict=True))
+        walked = (int(np.prod(space)),) if flat else space
+        work = Convolved(g.x[0], g.w[1], g.w[0] // g.groups, g.groups, g.w[2:], g.strides, walked, "float32")
+        patch = patch_of(direct_candidates(profile, work)[int(random.integers(len(direct_candidates(profile, work))))])
+        patch = dataclasses.replace(patch, parts=int(random.choice([1, 2, 3, 50])), ahead=True, inputs=number % 2 == 0)
+        made.append(_cut_case(g, block, patch, flat=flat, residual=number % 3 == 0))
+    return made
+
+
+def _cut_case(g: Geometry, block: int, patch: Patch, *, flat: bool, residual: bool) -> Case:
+    data = Arrays()
+    x, w = data.data(g.x, "float32"), data.data(g.w, "float32")
+    want = convolved(g, x, w, None)
+    source = data.constant(_in_blocks(x, block) if block > 1 else x)
+    filters = data.constant(np.ascontiguousarray(pack_filters(w, g.groups, block, patch.columns)))
+    window = Window(g.w[2:], g.strides, (1,) * g.rank)
+    nest = DirectConvolution(
+        source, filters, channels=g.w[0], groups=g.groups, block=block, window=window, patch=patch,
+        plain=block == 1, flat=flat,
+    )  # fmt: skip
+    result: Tensor = nest.output
+    blocks = np.zeros((g.x[0], -(-g.w[0] // patch.lanes) * patch.lanes, *want.shape[2:]))
+    blocks[:, : g.w[0]] = want
+    expected = _in_blocks(blocks, patch.lanes)
+    if residual:
+        other = data.constant(np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32))
+        result = Map(result.shape, "float32", lambda *at: nest.output[at] + other[at], "sum")
+        expected = expected + data[other]
+    # Lanes of channels that are not there keep what was in memory.
+    there = np.arange(expected.shape[1])[:, None] * patch.lanes + np.arange(patch.lanes) < g.w[0]
+    there = there.reshape(1, expected.shape[1], *[1] * g.rank, patch.lanes)
+    return data.case(f"{g} {patch}", result, np.where(there, expected, UNTOUCHED))
+
+
+def _in_blocks(x: np.ndarray, lanes: int) -> np.ndarray:
+    n, c, *space = x.shape
+    split = x.reshape(n, c // lanes, lanes, *space)
+    return np.ascontiguousarray(np.moveaxis(split, 2, -1))
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_any_cut_is_right(profile: str) -> None:
+    check_kernels(cut_up(profiles()[profile], 24), profile)
+
+
+def test_large_layers_are_cut_into_tall_tiles() -> None:
+    """The first layers of ResNet-50 and its last: as many rows as registers hold, and weights that come ahead."""
+    profile = profiles()[WIDEST]
+    early = Convolved(1, 64, 256, 1, (1, 1), (1, 1), (3136,), "float32")
+    late = Convolved(1, 512, 512, 1, (3, 3), (2, 2), (7, 7), "float32")
+    chosen = [patch_of(Chooser().choose(w.workload(), direct_candidates(profile, w))) for w in (early, late)]
+    if profile.vector_bytes == 64:
+        assert [(p.height, p.width, p.vectors) for p in chosen] == [(1, 14, 2), (2, 7, 2)]
+    assert all(p.ahead for p in chosen)
+    assert chosen[0].parts > 1
+    assert chosen[1].parts == 1
 
 
 FAMILIES: list[Callable[[], list[Example]]] = [
