@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -15,7 +17,7 @@ from onnx import TensorProto, helper
 
 from mmopt.backends.cpu.dot import dot_for
 from mmopt.backends.cpu.kernels.conv import Window
-from mmopt.backends.cpu.kernels.conv_dot import Shape, Walk, block_of, candidates
+from mmopt.backends.cpu.kernels.conv_dot import Cut, DotConvolution, Shape, Walk, block_of, candidates, pack_filters
 from mmopt.backends.profile import Profile, load_profile
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
@@ -23,7 +25,8 @@ from mmopt.runtime.cpu import missing_features, running_features
 from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.fuse.fuse_groups import FuseGroups
 from mmopt.transforms.precision import NarrowFloats
-from tests.kernels import WIDEST, profiles
+from tests.kernels import PROFILES, WIDEST, Arrays, Case, profiles
+from tests.kernels import check as check_cases
 from tests.programs import Example, Programs, grouped, model_of, wrong_answers
 from tests.unit import test_kernel_conv
 from tests.unit.test_kernel_conv import Geometry, convolved
@@ -280,6 +283,59 @@ def test_no_float_is_stored_between_quantized_neighbours() -> None:
         if value.dtype == ir.DataType.FLOAT and not value.is_graph_output()
     ]
     assert wide == []
+
+
+# -- kernels by themselves -------------------------------------------------------------------------------------
+
+
+def in_phases(x: np.ndarray, shape: Shape, walk: Walk) -> np.ndarray:
+    """A padded image ``[C, *space]`` in the layout of the template."""
+    blocks = -(-x.shape[0] // walk.block)
+    made = np.zeros((1, blocks * math.prod(shape.phases), *shape.extents, walk.block), x.dtype)
+    strides = shape.window.strides if shape.split else (1,) * len(shape.extents)
+    for number, phase in enumerate(itertools.product(*map(range, shape.phases))):
+        part = x[(slice(None), *(slice(f, None, s) for f, s in zip(phase, strides, strict=True)))]
+        part = part[(slice(None), *map(slice, shape.extents))]
+        filled = np.zeros((blocks * walk.block, *part.shape[1:]), x.dtype)
+        filled[: x.shape[0]] = part
+        turned = np.moveaxis(filled.reshape(blocks, walk.block, *part.shape[1:]), 1, -1)
+        made[(0, slice(number, None, math.prod(shape.phases)), *map(slice, part.shape[1:]))] = turned
+    return made
+
+
+def bare(profile: str) -> list[Case]:
+    """Kernels whose input ends where the last tile of rows, segment and step end."""
+    dot = dot_for(profiles()[profile], "uint8", "int8")
+    assert dot is not None
+    cases = []
+    for c, o, padded, window in [
+        (64, 64, (9, 9), Window((3, 3), (1, 1), (1, 1))),
+        (128, 40, (7, 7), Window((1, 1), (1, 1), (1, 1))),
+        (64, 32, (11, 9), Window((3, 3), (2, 2), (1, 1))),
+        (3, 16, (17, 23), Window((7, 7), (2, 2), (1, 1))),
+        (20, 33, (14,), Window((5,), (1,), (2,))),
+        (32, 16, (5, 4, 6), Window((2, 2, 2), (1, 1, 1), (1, 1, 1))),
+    ]:
+        block = block_of(c, dot)
+        walk = Walk.of(dot, block, window)
+        split = not walk.joined and any(s > 1 for s in window.strides)
+        shape = Shape(padded, split, -(-c // block) * block, o, 1, window)
+        g = Geometry((1, c, *padded), (o, c, *window.kernel), strides=window.strides, dilations=window.dilations)
+        x, w = integers(g, "uint8", 0), integers(g, "int8", 1)
+        want = exact(g, x, w, 0, 0)[0]
+        for candidate in candidates(profiles()[profile], dot, shape):
+            cut = Cut(**{f.name: candidate.number(f.name) for f in dataclasses.fields(Cut)})
+            data = Arrays()
+            source = data.constant(in_phases(x[0], shape, walk).astype(dot.a))
+            filters = data.constant(pack_filters(w, 1, walk, cut.vectors * dot.lanes))
+            nest = DotConvolution(source, filters, shape=shape, walk=walk, cut=cut, block=o, name="conv_int8")
+            cases.append(data.case(f"{g} {cut}", nest.output, np.moveaxis(want, 0, -1)[None, None]))
+    return cases
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_candidate_gives_the_same_sums(profile: str) -> None:
+    check_cases(bare(profile), profile)
 
 
 # -- choosing --------------------------------------------------------------------------------------------------
