@@ -24,13 +24,13 @@ from mmopt.backends.cpu.dot import (
     Code,
     Dot,
     MicroKernel,
-    TilePhases,
     address,
     configure_tiles,
     importing,
     release_tiles,
 )
 from mmopt.backends.cpu.dot_code import TILE_ROWS
+from mmopt.backends.cpu.kernels.matmul_overlap import Overlap
 from mmopt.backends.cpu.kernels.tile import spans
 from mmopt.backends.cpu.loops import i64, loop, seq, split_index, static, when
 from mmopt.backends.expressions import itemsize, simplify
@@ -80,18 +80,22 @@ def candidates(profile: Profile, dot: Dot, rows: int, columns: int, depth: int) 
     """
     found = []
     for vectors in range(min(dot.vectors, -(-columns // dot.lanes)), 0, -1):
-        tiles = -(-rows // dot.most_rows[vectors - 1])
-        height = -(-rows // tiles)
-        if dot.tiled:
-            height = dot.most_rows[vectors - 1] if tiles > 1 else rows
-        chunk = _chunk(profile, dot, height, rows, depth)
-        lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // LINE)
-        ahead = -(-lines // max(1, -(-min(chunk, rows) // height)))
-        cycles = _cycles(profile, dot, (rows, columns, depth), height, vectors)
         near = (0, 2) if dot.tiled and dot.depth(depth) >= 4 * dot.step else (0,)
-        cuts = [Blocking(height, vectors, chunk, n, m) for n in dict.fromkeys((ahead, 0)) for m in near]
-        found += [Candidate(cut.parameters(), cycles) for cut in cuts]
+        for height in _heights(dot, rows, vectors):
+            chunk = _chunk(profile, dot, height, rows, depth)
+            lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // LINE)
+            ahead = -(-lines // max(1, -(-min(chunk, rows) // height)))
+            cycles = _cycles(profile, dot, (rows, columns, depth), height, vectors)
+            cuts = [Blocking(height, vectors, chunk, n, m) for n in dict.fromkeys((ahead, 0)) for m in near]
+            found += [Candidate(cut.parameters(), cycles) for cut in cuts]
     return found
+
+
+def _heights(dot: Dot, rows: int, vectors: int) -> list[int]:
+    """Rows of a tile: as many as fit the registers, evenly shared; with AMX half of them too."""
+    most = dot.most_rows[vectors - 1]
+    limits = [most, TILE_ROWS] if dot.tiled else [most]
+    return list(dict.fromkeys(-(-rows // -(-rows // limit)) for limit in limits))
 
 
 def _chunk(profile: Profile, dot: Dot, height: int, rows: int, depth: int) -> int:
@@ -102,16 +106,31 @@ def _chunk(profile: Profile, dot: Dot, height: int, rows: int, depth: int) -> in
 
 
 def _cycles(profile: Profile, dot: Dot, sizes: tuple[int, int, int], height: int, vectors: int) -> float:
-    """The larger of multiplying and reading the weights (at six bytes a cycle), and handing over the results."""
+    """Multiplying, and reading the weights from memory at six bytes a cycle."""
     rows, columns, depth = sizes
     tiles, panels = -(-rows // height), -(-columns // (vectors * dot.lanes))
-    width = vectors * dot.lanes
-    covered = tiles * (-(-height // 16) * 16 if dot.tiled and height > 4 else height)
-    busy = min(1.0, height * vectors / (4 if dot.tiled else 8))
-    loads = (height + vectors) / (height * vectors) if not dot.tiled else 0.5
-    products = covered * panels * width * dot.depth(depth) / dot.rate / busy * max(1.0, loads * 1.5)
-    memory = panels * width * dot.depth(depth) * itemsize(dot.b) / 6
-    return max(products, memory) + tiles * panels * (height * vectors * 3 + 40)
+    steps = dot.depth(depth) // dot.step
+    one = _tile_cycles if dot.tiled else _vector_cycles
+    memory = panels * vectors * dot.lanes * dot.depth(depth) * itemsize(dot.b) / 6
+    work = tiles * panels * one(profile, dot, height, vectors, steps)
+    return work + memory if dot.tiled else max(work, memory)
+
+
+def _vector_cycles(profile: Profile, dot: Dot, height: int, vectors: int, steps: int) -> float:
+    """A tile in vector registers: two loads a cycle, sums that wait for each other, and handing over."""
+    products = height * vectors * dot.lanes * dot.step / dot.rate
+    return steps * max(products, (height + vectors) / 2, 4.0) + height * vectors * 8 + 40
+
+
+def _tile_cycles(profile: Profile, dot: Dot, height: int, vectors: int, steps: int) -> float:
+    """A tile of AMX sums: 16 cycles for each product of tiles, if at least one operand is in the first-level cache;
+    what comes from the second level comes at 31 bytes a cycle. Tiles are cleared and stored."""
+    blocks = -(-height // TILE_ROWS)
+    products = 16.0 * blocks * vectors
+    a, b = height * LINE, vectors * dot.lanes * LINE
+    if steps * (a + b) > 0.8 * profile.l1_bytes:
+        products = max(products, (a + b) / 31)
+    return steps * products + 70.0 * blocks * vectors
 
 
 class DotMatmul(LoopNest):
@@ -195,6 +214,8 @@ class Emitter:
 
     def _task(self, first: Expr, panel: Expr, each: int) -> Stmt:
         """``each`` panels for one chunk of rows."""
+        if self.dot.tiled:
+            return self._overlapped(first, panel, each)
         rows = static(self.nest.rows)
         if rows is not None and (rows % self.cut.chunk == 0 or rows <= self.cut.chunk):
             return self._known(min(rows, self.cut.chunk), first, panel, each)
@@ -214,8 +235,6 @@ class Emitter:
         """``tiles`` tiles of rows for each of the panels; tiles of ``count`` rows when given."""
         height = self.cut.rows if count is None else static(count) or self.cut.rows
         present = i64(height) if count is None else count
-        if self.dot.tiled:
-            return self._overlapped(first, tiles, panel, each, height, present)
 
         def one(p: Expr) -> Stmt:
             return loop(tiles, lambda t: self._tile(first + t * height, t, p, height, present), name="tile")
@@ -226,17 +245,22 @@ class Emitter:
 
         return loop(each, guarded, name="panel")
 
-    def _overlapped(self, first: Expr, tiles: Expr, panel: Expr, each: int, height: int, present: Expr) -> Stmt:
-        """Tiles of all panels in a row; the results of each are handed over during the next."""
+    def _overlapped(self, first: Expr, panel: Expr, each: int) -> Stmt:
+        """A chunk by AMX: tiles of all panels in a row. The last tile of a matrix ends where the matrix does."""
         panels = i64(each) if self.panels % each == 0 else tirx.min(i64(each), self.panels - panel)
+        total, height = self.nest.rows, self.cut.rows
 
-        def run(rows: int) -> Stmt:
-            return _Overlap(self, rows, present, tiles, panels).emit(first, panel)
+        def run(rows: int, present: Expr, tiles: Expr) -> Stmt:
+            return seq(configure_tiles(present), Overlap(self, rows, present, tiles, panels).emit(first, panel))
 
-        body = run(height)
-        if static(present) is None and height > TILE_ROWS:  # tiles of the second half may have no rows
-            body = when(present > TILE_ROWS, body, run(TILE_ROWS))
-        return seq(configure_tiles(present), body)
+        count = simplify(tirx.min(total - first, i64(self.cut.chunk)))
+        whole = run(height, i64(height), simplify(tirx.floordiv(count + (height - 1), i64(height))))
+        if static(total) is not None:
+            return whole
+        few = run(min(height, TILE_ROWS), total, i64(1))
+        if height > TILE_ROWS:  # tiles of the second half may have no rows
+            few = when(total > TILE_ROWS, run(height, total, i64(1)), few)
+        return when(total >= height, whole, few)
 
     def _tile(self, row: Expr, number: Expr, panel: Expr, height: int, present: Expr) -> Stmt:
         """One tile of ``height`` rows, ``present`` of which are there."""
@@ -309,74 +333,3 @@ class Emitter:
         here = address(b[panel, step * group, zero, zero])
         ahead = address(b[panel + 1, (tile * self.steps + step) * share, zero, zero]) if share else here
         return address(self.nest.a[row, step * self.dot.step]), here, ahead
-
-
-class _Overlap:
-    """A sequence of tiles in which each one's results are handed over between the steps of the next.
-
-    Args:
-        emitter: The product.
-        height: Rows the code is for.
-        present: Rows that are there.
-        tiles: Tiles of one panel.
-        panels: Panels.
-    """
-
-    def __init__(self, emitter: Emitter, height: int, present: Expr, tiles: Expr, panels: Expr) -> None:
-        self.emitter, self.present, self.tiles = emitter, present, tiles
-        self.height = height
-        self.count = simplify(tiles * panels)
-        self.each = -(-height // emitter.steps)
-        cut = emitter.cut
-        self.kernel = TilePhases(emitter.dot, height, cut.vectors, cut.prefetch, near=cut.near > 0)
-        emitter.kernels.append(self.kernel)
-
-    def emit(self, first: Expr, panel: Expr) -> Stmt:
-        """One round more than there are tiles: the last only hands over."""
-
-        def place(number: Expr) -> tuple[Expr, Expr]:
-            return first + tirx.floormod(number, self.tiles) * self.height, panel + tirx.floordiv(number, self.tiles)
-
-        def turn(number: Expr) -> Stmt:
-            there, some = number < self.count, number > 0
-            now, before = place(number), place(number - 1)
-            tile = tirx.floormod(number, self.tiles)
-
-            def step(k: Expr) -> Stmt:
-                multiply = when(there, self._step(now[0], tile, now[1], k, place(number + 1)[0]))
-                return seq(multiply, when(some, self._hand_over(*before, k, self._offset(number - 1))))
-
-            done = self.kernel.end(address(self.emitter.sums[self._offset(number)]), self.emitter.width * 4)
-            steps = loop(self.emitter.steps, step, name="k")
-            return seq(when(there, self.kernel.begin()), steps, when(there, done))
-
-        return loop(self.count + 1, turn, name="tile")
-
-    def _offset(self, number: Expr) -> Expr:
-        return tirx.floormod(number, i64(2)) * self.emitter.size
-
-    def _step(self, row: Expr, tile: Expr, panel: Expr, k: Expr, following: Expr) -> Stmt:
-        """Step ``k`` of a tile; the one of rows from ``following`` comes next."""
-        emitter, dot = self.emitter, self.emitter.dot
-        a, b, ahead = emitter.addresses(row, tile, panel, k)
-        if not emitter.cut.near:
-            return self.kernel.step(a, emitter.nest.depth * itemsize(dot.a), b, ahead, a)
-        soon = k + emitter.cut.near
-        within = soon < emitter.steps
-        near = emitter.nest.a[
-            tirx.Select(within, row, following), tirx.Select(within, soon, soon - emitter.steps) * dot.step
-        ]
-        return self.kernel.step(a, emitter.nest.depth * itemsize(dot.a), b, ahead, address(near))
-
-    def _hand_over(self, row: Expr, panel: Expr, k: Expr, offset: Expr) -> Stmt:
-        """The rows that fall to step ``k``."""
-        start = k * self.each
-        count: Expr = i64(self.each)
-        if static(self.present) is None or self.height % self.each:
-            count = tirx.min(count, self.present - start)
-
-        def rows(width: int) -> Stmt:
-            return loop(count, lambda i: self.emitter.row(row, start + i, panel, width, offset), name="i")
-
-        body = self.emitter.by_width(panel, rows)
-        return body if self.each * self.emitter.steps <= self.height else when(start < self.present, body)
