@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
 import mmopt
-from benchmarks.layers import MODELS, Layer, Product
+from benchmarks.zoo.layers import MODELS, Layer, Product
 from mmopt.autotune.build import Builders
 from mmopt.autotune.lowered import KernelCode, LoweredModel
 from mmopt.autotune.measuring import Supervisor, cold_bytes

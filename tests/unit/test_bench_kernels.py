@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 
 from benchmarks import kernels
-from benchmarks.layers import MODELS, Convolution, Product
+from benchmarks.zoo.layers import MODELS, Convolution, Product
 from mmopt.autotune.peak import Peaks, kind_of
 
 PEAKS = Peaks({"float32": 100e9}, 10e9, 3e9, 2)

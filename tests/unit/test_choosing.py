@@ -69,7 +69,7 @@ def test_extents() -> None:
 
 
 def product(weight: np.ndarray) -> mmopt.Module:
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((6, weight.shape[0])))
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((40, weight.shape[0])))
     w = ir.Value(name="w", const_value=ir.tensor(weight, name="w"))
     node = ir.node("MatMul", [x, w], outputs=[ir.Value(name="y", type=ir.TensorType(ir.DataType.FLOAT))])
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 20}, name="g")
@@ -77,16 +77,19 @@ def product(weight: np.ndarray) -> mmopt.Module:
 
 
 def test_a_measured_choice_reaches_the_kernel_and_its_record() -> None:
-    module, profile = product(np.ones((32, 64), np.float32)), load_profile("x86-64-v3")
-    predicted = compile_module(module, profile).kernels[0]
-    assert predicted["workload"] == "matmul(batch=1,m=6,n=64,k=32,b=packed):float32"
-    assert predicted["operations"] == 2 * 6 * 64 * 32
+    module, profile = product(np.ones((32, 64), np.float32)), load_profile("icelake")
+    chooser = Chooser()
+    predicted = compile_module(module, profile, options=CompileOptions(chooser=chooser)).kernels[0]
+    (choice,) = chooser.choices()
+    assert predicted["workload"] == choice.workload.key()
+    assert predicted["workload"].startswith("matmul(batch=1,m=40,n=64,k=32")
+    assert predicted["operations"] == 2 * 40 * 64 * 32
+    assert predicted["choice"] == dict(min(choice.candidates, key=lambda candidate: candidate.cycles).parameters)
+    assert predicted["candidates"] == len(choice.candidates)
     assert not predicted["measured"]
-    wanted = {"rows": 6, "vectors": 1}
-    assert predicted["choice"] != wanted
-    options = CompileOptions(chooser=Chooser(lambda workload: wanted))
+    wanted = max(choice.candidates, key=lambda candidate: candidate.cycles).parameters
+    options = CompileOptions(chooser=Chooser(lambda workload: dict(wanted)))
     measured = compile_module(module, profile, options=options).kernels[0]
     assert measured["measured"]
-    assert measured["choice"] == wanted
-    assert measured["parameters"]["rows"] == 6
-    assert measured["parameters"]["columns"] == 8
+    assert measured["choice"] == wanted != predicted["choice"]
+    assert measured["parameters"] != predicted["parameters"]
