@@ -69,7 +69,7 @@ def products(profile: str) -> list[Case]:
                 "packed": test_kernel_matmul.product(a, weight, best, columns=width),
                 "in place": test_kernel_matmul.product(a, b, best),
                 "copied": test_kernel_matmul.product(a, b, copied),
-                "transposed": test_kernel_matmul.product(a, d, copied, transposed=True),
+                "transposed": test_kernel_matmul.product(a, test_kernel_matmul.turned_of(d), copied),
             }
             wants = {"packed": data[a] @ c.astype(np.float64), "transposed": data[a] @ data[d].T}
             for name, nest in made.items():

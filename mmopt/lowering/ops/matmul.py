@@ -8,12 +8,13 @@ import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 
-from mmopt.backends.compute import SUM, Map, Reduction, index
+from mmopt.backends.compute import SUM, Map, Reduction, Source, index
 from mmopt.backends.cpu.choosing import Workload, dim, typical
 from mmopt.backends.cpu.kernels.matmul import Matmul, pack_panels
 from mmopt.backends.cpu.kernels.matmul_blocking import choose_blocking
 from mmopt.backends.cpu.loops import product, static
-from mmopt.backends.expressions import simplify
+from mmopt.backends.cpu.plan import trace
+from mmopt.backends.expressions import same, simplify, strides
 from mmopt.lowering.ops.elementwise import broadcast_shape, elementwise, read
 from mmopt.lowering.ops.products import narrow_product, transposed_origin
 from mmopt.lowering.registry import OpNode, lowers
@@ -46,15 +47,35 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
         return packed_product(node, a, b, b.constant)
     if any(static(d) == 0 for d in (*a.shape, *b.shape)):
         return _plain(node, a, b)
-    context.realize([a, b], "operand")
+    stored = [value for value in (a, b) if not _is_view(value, rows=value is a)]
+    context.realize(stored, "operand")
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
     rows, depth, columns = a.shape[-2], a.shape[-1], b.shape[-1]
-    workload = _workload("in-place", a.dtype, product(batch), rows, columns, depth)
+    workload = _workload("in-place" if b in stored else "view", a.dtype, product(batch), rows, columns, depth)
     blocking = choose_blocking(context.program.profile, context.program.chooser, workload)
-    x, y = context.tensor(a), context.tensor(b)
+    x, y = (context.tensor(value) for value in (a, b))
     nest = Matmul(x, y, batch=batch, rows=rows, columns=columns, depth=depth, blocking=blocking, panels=False)
     nest.workload = workload
     return Value(nest.output, name=node.name)
+
+
+def _is_view(value: Value, *, rows: bool) -> bool:
+    """Whether an operand that is not in memory can be read where its elements are.
+
+    Args:
+        value: The operand.
+        rows: Whether it is the left one, which is read along its last axis again and again; the right one is copied.
+    """
+    if not value.pending or value.blocked is not None or not isinstance(value.tensor, Map):
+        return False
+    inside = trace(value.tensor, stops=set())
+    if len(inside.reads) != 1 or inside.values[0] is not inside.reads[0].leaf:
+        return False
+    read = inside.reads[0]
+    steps = strides(read.offset, inside.axes)
+    if not isinstance(read.tensor, Source) or any(step is None for step in steps):
+        return False
+    return not rows or same(steps[-1], index(1))
 
 
 def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: str = "") -> Value:
@@ -93,7 +114,7 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
 
 
 def _workload(b: str, dtype: str, batch: Expr, rows: Expr, columns: Expr, depth: Expr) -> Workload:
-    """What the template has to do, where ``b`` is packed or read in place."""
+    """What the template has to do, where ``b`` is packed, read in place, or a view."""
     dims = {"batch": dim(simplify(batch)), "m": dim(rows), "n": dim(columns), "k": dim(depth)}
     operations = 2.0 * math.prod(typical(extent) for extent in dims.values())
     return Workload("matmul", (*dims.items(), ("b", b)), (dtype,), operations)

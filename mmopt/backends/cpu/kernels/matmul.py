@@ -54,14 +54,13 @@ class Matmul(LoopNest):
 
     Args:
         a: ``[*batch_a, M, K]``.
-        b: ``[*batch_b, K, N]``; packed panels when ``panels``; ``[*batch_b, N, K]`` when ``transposed``.
+        b: ``[*batch_b, K, N]``, or packed panels when ``panels``. A view is read as it is copied.
         batch: Broadcast batch extents of the result.
         rows: M.
         columns: N.
         depth: K.
         blocking: How the work is cut.
         panels: Whether ``b`` is packed by :func:`pack_panels` with the columns of the tile.
-        transposed: Whether ``b`` comes with its last two axes exchanged; needs ``blocking.copy``.
         shape: Extents of the result, where rows are several axes of it walked as one.
     """
 
@@ -78,16 +77,15 @@ class Matmul(LoopNest):
         depth: Expr,
         blocking: Blocking,
         panels: bool,
-        transposed: bool = False,
         shape: Sequence[Expr] | None = None,
     ) -> None:
         super().__init__()
-        if not panels and not blocking.copy and (transposed or static(columns) is None):
-            raise ValueError("a transposed operand, or one of unknown width, has to be copied")
+        if not panels and not blocking.copy and static(columns) is None:
+            raise ValueError("an operand of unknown width has to be copied")
         self.inputs = (a, b)
         self.a, self.b = a, b
         self.batch, self.rows, self.columns, self.depth = tuple(batch), rows, columns, depth
-        self.blocking, self.panels, self.transposed = blocking, panels, transposed
+        self.blocking, self.panels = blocking, panels
         self.out_rows = tuple(shape[:-1]) if shape is not None else (*self.batch, rows)
         self.output = self.result((*self.out_rows, columns), a.dtype)
 
@@ -273,8 +271,7 @@ class _Panel:
         k = self.start + k
         if self.nest.panels:
             return tensor[self.number, k, j]
-        at = (self.column + j, k) if self.nest.transposed else (k, self.column + j)
-        return tensor[(*self.batch_index(tensor), *at)]
+        return tensor[(*self.batch_index(tensor), k, self.column + j)]
 
     def batch_index(self, tensor: Tensor) -> tuple[Expr, ...]:
         """Where the task's matrix lies in a stack that may be broadcast."""
@@ -366,7 +363,9 @@ class _TileCode:
 
         if tiles is None:
             share = tirx.floordiv(self.tile.columns + (self.task.grid.each - 1), self.task.grid.each)
-            return at((self.number * steps + k) * share)
+            first = (self.number * steps + k) * share
+            others = seq(*(at(first + n * elements) for n in range(1, lines)))
+            return seq(at(first), when(share > elements, others) if lines > 1 else None)
         every = 1 << max(1, tiles // lines).bit_length() - 1
         count = -(-lines * every // tiles)
         rounds = simplify(tirx.floordiv(steps + (every - 1), i64(every)))

@@ -95,7 +95,8 @@ class _Product:
 def choose_blocking(profile: Profile, chooser: Chooser, workload: Workload) -> Blocking:
     """The best blocking for a workload with dims ``batch``, ``m``, ``n``, ``k`` and ``b``.
 
-    ``b`` is ``packed`` for a constant, ``in-place`` or ``transposed`` for an operand made at run time.
+    ``b`` is ``packed`` for a constant, ``in-place`` for an operand in memory, ``view`` for one that is read through
+    other indices, such as a transposition.
     """
     dims = dict(workload.dims)
     known = {name: not isinstance(dims[name], str) for name in "mnk"}
@@ -109,7 +110,7 @@ def choose_blocking(profile: Profile, chooser: Chooser, workload: Workload) -> B
         dims["b"] == "packed",
         known["m"],
         known["k"],
-        dims["b"] != "packed" and (dims["b"] == "transposed" or not known["n"]),
+        dims["b"] != "packed" and (dims["b"] == "view" or not known["n"]),
     )
     lanes = lanes_of(profile, workload.dtypes[0])
     found = {blocking: _cycles(task, blocking) for blocking in _blockings(task, lanes)}
