@@ -70,10 +70,11 @@ class ThreadPoolSize:
 class _Machine:
     """A virtual machine and those of its functions that were called."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, clock: Array | None = None) -> None:
         module["vm_initialization"](_CPU, _DEVICE_ID, _POOLED)
         self._module = module
         self._functions: dict[str, Any] = {}
+        self.clock = clock
 
     def tell(self, observer: Observer) -> None:
         """Call ``observer`` around every call of a kernel or a built-in function."""
@@ -125,9 +126,14 @@ class NativeEngine:
         return self._pool_size.call(lambda: self._invoke(segment, arguments))
 
     @contextlib.contextmanager
-    def observed(self, observer: Observer) -> Iterator[None]:
-        """Runs inside use one virtual machine of their own that tells ``observer`` of every call."""
-        machine = _Machine(self._load_vm())
+    def observed(self, observer: Observer, clock: Array | None = None) -> Iterator[None]:
+        """Runs inside use one virtual machine of their own that tells ``observer`` of every call it makes.
+
+        Args:
+            observer: Told of calls of functions, which may be runs of many kernels.
+            clock: Gets the cycles and calls of every kernel inside such a run: int64, ``[kernels, 2]``.
+        """
+        machine = _Machine(self._load_vm(), clock)
         machine.tell(observer)
         with self._lock:
             kept, self._idle = self._idle, [machine]

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mmopt.runtime.artifact import MAIN
 from mmopt.runtime.session import Entry, Session
 
 _BUILTIN = "vm.builtin."
+
+_RUN = re.compile(r"_run\d*$")
+"""How functions that call many kernels in a row are named."""
 
 _TURN = 4
 """Runs in a row that are observed, or not."""
@@ -49,9 +55,18 @@ class ModelTime:
 
 
 class _Stopwatch:
-    """Collects the time of every call of one run, by function."""
+    """Collects the time of every call of one run: of functions the virtual machine calls, and of kernels inside them.
 
-    def __init__(self) -> None:
+    A function of the library calls many kernels in a row, and adds the cycles each takes to a clock. The time of these
+    functions tells how long a cycle of that counter is.
+
+    Args:
+        kernels: Names of the kernels in the order of the clock.
+    """
+
+    def __init__(self, kernels: Sequence[str]) -> None:
+        self.names = kernels
+        self.clock = np.zeros((len(kernels), 2), np.int64)
         self.calls: dict[str, list[int]] = collections.defaultdict(list)
         self._begun: list[int] = []
 
@@ -63,14 +78,26 @@ class _Stopwatch:
             self._begun.append(time.perf_counter_ns())
         return 0
 
+    def reset(self) -> None:
+        """Begin a new run."""
+        self.calls.clear()
+        self.clock[...] = 0
+
     def kernels(self) -> dict[str, tuple[int, float]]:
         """Calls and seconds of each kernel. What observing itself takes is left out: the shortest built-in call."""
         trivial = min((min(times) for name, times in self.calls.items() if name.startswith(_BUILTIN)), default=0)
-        return {
-            name: (len(times), max(0, sum(times) - trivial * len(times)) / 1e9)
-            for name, times in self.calls.items()
-            if not name.startswith(_BUILTIN)
+        spent = {
+            name: (len(times), max(0, sum(times) - trivial * len(times)) / 1e9) for name, times in self.calls.items()
         }
+        found = {name: spent[name] for name in self.names if name in spent}
+        cycles = int(self.clock[:, 0].sum())
+        if cycles:
+            cycle = sum(seconds for name, (_, seconds) in spent.items() if _RUN.search(name)) / cycles
+            for name, (ticks, calls) in zip(self.names, self.clock.tolist(), strict=True):
+                before, seconds = found.get(name, (0, 0.0))
+                if calls:
+                    found[name] = before + calls, seconds + ticks * cycle
+        return found
 
 
 def time_kernels(
@@ -118,10 +145,10 @@ def _timed(target: Entry, inputs: Mapping[str, Any]) -> float:
 
 def _observe(session: Session, target: Entry, inputs: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, float]]]:
     """Calls and seconds by kernel, of each run of one turn."""
-    watch = _Stopwatch()
-    with session.native.observed(watch):
+    watch = _Stopwatch([str(kernel["name"]) for kernel in session.manifest.kernels])
+    with session.native.observed(watch, watch.clock):
         target.run(inputs)  # the first run of a virtual machine takes memory from the system
         for _ in range(_TURN):
-            watch.calls.clear()
+            watch.reset()
             target.run(inputs)
             yield watch.kernels()
