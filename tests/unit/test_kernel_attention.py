@@ -144,7 +144,7 @@ def heads_first(x: Source) -> Map:
 def small(profile: str, *, rows: int = 6, blocks: int = 2, tiles: int = 2, packed: bool = True) -> Blocking:
     """Few rows and keys, so that small operands have many tiles, blocks and tasks."""
     panel = (2 if packed else 1) * lanes_of(profiles()[profile], "float32")
-    return Blocking(rows, 2 if packed else 1, blocks * panel, rows * tiles, packed)
+    return Blocking(rows, -(-rows // 2) if packed else rows, 2 if packed else 1, blocks * panel, rows * tiles, packed)
 
 
 def own_choice() -> list[Layer]:
@@ -331,6 +331,7 @@ def test_candidates_fit_the_problem() -> None:
                 made = Blocking.of(candidate)
                 assert made.keys % (made.vectors * lanes) == 0
                 assert made.chunk % made.rows == 0
-                assert made.rows * made.vectors + made.vectors < profile.registers
+                assert made.height * made.vectors + made.vectors < profile.registers
+                assert made.rows % made.height == 0 or not made.packed
                 assert made.packed == (queries == UNKNOWN or queries > FEW)
                 assert candidate.cycles > 0

@@ -141,21 +141,21 @@ def exp(x: Expr) -> Expr:
 
 
 def exp2_below_zero(x: Expr, keep: Callable[[Expr], Expr]) -> Expr:
-    """2^x for x ≤ 0, the exponential of a softmax: within 2 units in the last place down to 2^-126, 0 below that.
+    """2^x for x ≤ 0, the exponential of a softmax: within 2 units in the last place down to 2^-126, 0 from 2^-127 on.
 
     Half the instructions of :func:`exp`: adding 1.5 · 2^23 leaves round(x) in the last bits of the sum, from where a
-    shift puts it into the exponent.
+    shift puts it into the exponent. At −127, where smaller numbers are cut off, that gives the bits of zero.
 
     Args:
-        x: A float32 expression that is cheap to repeat.
+        x: A float32 expression.
         keep: Stores a value for repeated use and gives the expression that reads it.
     """
     magic = _c(x, 12582912.0)
+    x = keep(tirx.max(_c(x, -127.0), x))  # in this order NaN stays NaN
     rounded = keep(x + magic)
     value = keep(_polynomial(keep(x - (rounded - magic)), _EXP2))
     shifted = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23))
-    scaled = tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted)
-    return tirx.Select(x < _c(x, -126.0), _c(x, 0.0), scaled)
+    return tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted)
 
 
 def _rest(x: Expr, n: Expr) -> Expr:

@@ -17,6 +17,9 @@ WEIGHT_CYCLES = 9.0
 FEW_KEYS = 512
 """Keys of a block where scores are dot products."""
 
+MOST_ROWS = 32
+"""Query rows of a tile, at most."""
+
 TILES = 16
 """Tiles of a task, where the number of query rows is not known."""
 
@@ -26,14 +29,16 @@ class Blocking:
     """Parameters of the template.
 
     Attributes:
-        rows: Query rows of a register tile.
-        vectors: Vectors of neighbouring keys of a register tile.
+        rows: Query rows of a tile, whose scores for a block of keys lie in the first-level cache.
+        height: Query rows of the register tile of scores.
+        vectors: Vectors of neighbouring keys of the register tile of scores.
         keys: Keys of a block, a multiple of the lanes of ``vectors``.
         chunk: Query rows of a task, a multiple of ``rows``.
         packed: Whether keys are transposed and values copied; otherwise both are read in place.
     """
 
     rows: int
+    height: int
     vectors: int
     keys: int
     chunk: int
@@ -43,7 +48,53 @@ class Blocking:
     def of(cls, candidate: Candidate) -> Blocking:
         """The parameters of a candidate."""
         number = candidate.number
-        return cls(number("rows"), number("vectors"), number("keys"), number("chunk"), bool(candidate["packed"]))
+        return cls(
+            number("rows"),
+            number("height"),
+            number("vectors"),
+            number("keys"),
+            number("chunk"),
+            bool(candidate["packed"]),
+        )
+
+
+def step_cycles(rows: int, vectors: int) -> float:
+    """Cycles of one step of the depth of a register tile.
+
+    Two multiply-adds or two loads a cycle, a result can be used again after four, and loads get in the way a little.
+    """
+    return max(rows * vectors / 2, 4.0) + 0.06 * (rows + vectors) if rows and vectors else 0.0
+
+
+def value_tile(profile: Profile, rows: int, vectors: int) -> tuple[int, int]:
+    """Rows and vectors of the register tile for the products of ``rows`` rows of weights with the values.
+
+    Args:
+        profile: Number of registers.
+        rows: Rows to cover.
+        vectors: Vectors of a value.
+    """
+
+    def cycles(height: int, width: int) -> float:
+        full, rest = divmod(rows, height)
+        panels, last = divmod(vectors, width)
+        return sum(
+            count * (full * step_cycles(height, wide) + step_cycles(rest, wide))
+            for count, wide in ((panels, width), (1, last))
+        )
+
+    widest = min(4 if profile.registers >= 32 else 2, vectors)
+    shapes = [
+        (height, width)
+        for width in range(1, widest + 1)
+        for height in range(1, min(rows, _tallest(profile, width)) + 1)
+    ]
+    return min(shapes, key=lambda shape: (cycles(*shape), -shape[0]))
+
+
+def _tallest(profile: Profile, vectors: int) -> int:
+    """Most rows of a register tile: accumulators, one row of the right operand, one element of the left."""
+    return max(1, min((profile.registers - vectors - 1) // vectors, 16))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,19 +147,25 @@ class Problem:
             return [self._candidate(profile, self.few(lanes, self.rows), lanes)]
         found: dict[Blocking, None] = {}
         for vectors in range(1, 5 if profile.registers >= 32 else 3):
-            rows = self._tile_rows(profile, vectors)
-            for keys in self._block_keys(profile, rows, vectors * lanes):
-                found[Blocking(rows, vectors, keys, self._chunk(profile, rows, keys), packed=True)] = None
+            height = self._height(profile, vectors)
+            for rows in dict.fromkeys(height * parts for parts in (1, 2) if height * parts <= self._most_rows(height)):
+                for keys in self._block_keys(profile, rows, vectors * lanes):
+                    chunk = self._chunk(profile, rows, keys)
+                    found[Blocking(rows, height, vectors, keys, chunk, packed=True)] = None
         return [self._candidate(profile, blocking, lanes) for blocking in found]
 
     def few(self, lanes: int, rows: int = FEW) -> Blocking:
         """Dot products in the order of memory."""
         keys = FEW_KEYS if isinstance(self.keys, str) else min(FEW_KEYS, self.keys)
-        return Blocking(rows, 1, max(1, -(-keys // lanes)) * lanes, rows, packed=False)
+        return Blocking(rows, rows, 1, max(1, -(-keys // lanes)) * lanes, rows, packed=False)
 
-    def _tile_rows(self, profile: Profile, vectors: int) -> int:
-        most = max(1, min((profile.registers - vectors - 1) // vectors, 16))
+    def _height(self, profile: Profile, vectors: int) -> int:
+        most = _tallest(profile, vectors)
         return most if self.rows is None else -(-self.rows // -(-self.rows // most))
+
+    def _most_rows(self, height: int) -> int:
+        """Rows of the tallest tile: a tile of unknown sequences stays low, for what it has too many is lost."""
+        return height if self.rows is None else max(height, min(self.rows, MOST_ROWS))
 
     def _block_keys(self, profile: Profile, rows: int, panel: int) -> list[int]:
         """Sizes of blocks: everything at once where the scores of a tile fit the first level, and parts of it."""
@@ -151,15 +208,15 @@ class Problem:
             each = score_vectors * lanes * (-(-self.size // lanes) + 2.0 * lanes.bit_length())
             return groups * queries * (each + score_vectors * WEIGHT_CYCLES + keys * max(2.0, value_vectors / 2))
 
-        def step(vectors: int) -> float:
-            return max(blocking.rows * vectors / 2, (blocking.rows + vectors) / 2, 4.0)
-
+        full, rest = divmod(blocking.rows, blocking.height)
+        steps = full * step_cycles(blocking.height, blocking.vectors) + step_cycles(rest, blocking.vectors)
         panels = -(-score_vectors // blocking.vectors)
-        drain = blocking.rows * blocking.vectors
-        scores = panels * (self.size * step(blocking.vectors) + drain)
-        wide = max(1, min(4, (profile.registers - 1) // (blocking.rows + 1)))
-        full, rest = divmod(value_vectors, wide)
-        products = keys * (full * step(wide) + (step(rest) if rest else 0.0))
+        scores = panels * (self.size * steps + blocking.rows * blocking.vectors)
+        height, wide = value_tile(profile, blocking.rows, value_vectors)
+        products = 0.0
+        for count, vectors in ((value_vectors // wide, wide), (1, value_vectors % wide)):
+            each = blocking.rows // height * step_cycles(height, vectors)
+            products += count * keys * (each + step_cycles(blocking.rows % height, vectors))
         carried = blocks * blocking.rows * (20.0 + 2 * value_vectors)
         tile = scores + products + carried + blocking.rows * score_vectors * WEIGHT_CYCLES
         chunks = -(-queries // blocking.chunk)

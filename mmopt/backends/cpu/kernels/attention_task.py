@@ -12,6 +12,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Sink
 from mmopt.backends.cpu.intrinsics import exp2_below_zero
+from mmopt.backends.cpu.kernels.attention_blocking import Blocking, value_tile
 from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
 from mmopt.backends.cpu.kernels.transpose import combine_lanes, transpose_square
 from mmopt.backends.cpu.loops import i64, keep, loop, seq, static, when
@@ -19,7 +20,6 @@ from mmopt.backends.expressions import simplify
 
 if TYPE_CHECKING:
     from mmopt.backends.cpu.kernels.attention import Attention
-    from mmopt.backends.cpu.kernels.attention_blocking import Blocking
 
 LOG2_E = math.log2(math.e)
 
@@ -365,13 +365,22 @@ class Tile:
         def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
             return tirx.BufferStore(task.scores, value, [i, panel * task.panel + n * lanes + v])
 
-        tile = RegisterTile(task.dtype, self.rows, [lanes] * vectors, lanes)
-        return tile.emit(
-            [i64(self.nest.size)],
-            lambda i, k: task.query[i, k],
-            lambda n, v, k: task.panels[panel, k, n * lanes + v],
-            deliver,
-        )
+        def part(first: Expr, rows: int) -> Stmt:
+            tile = RegisterTile(task.dtype, rows, [lanes] * vectors, lanes)
+            return tile.emit(
+                [i64(self.nest.size)],
+                lambda i, k: task.query[first + i, k],
+                lambda n, v, k: task.panels[panel, k, n * lanes + v],
+                lambda i, n, v, value: deliver(first + i, n, v, value),
+            )
+
+        return self._parts(self.blocking.height, part)
+
+    def _parts(self, height: int, body: Callable[[Expr, int], Stmt]) -> Stmt:
+        """``body(first row, rows)`` for register tiles of at most ``height`` rows."""
+        full, rest = divmod(self.rows, height)
+        last = body(i64(full * height), rest) if rest else None
+        return seq(loop(full, lambda p: body(p * height, height), name="part"), last)
 
     def _dot(self, i: Expr, j: Expr) -> Stmt:
         """One score in the order of memory: lanes lie along the features."""
@@ -517,8 +526,7 @@ class Tile:
             statements.append(statement)
             return kept
 
-        power = stored(difference * task.number(LOG2_E) if task.natural else difference)
-        value = exp2_below_zero(power, stored)
+        value = exp2_below_zero(difference * task.number(LOG2_E) if task.natural else difference, stored)
         return seq(*statements), value
 
     def _exponentials(self, i: Expr) -> Stmt:
@@ -548,14 +556,14 @@ class Tile:
         """Weights times values, added to what there is."""
         task, nest, lanes = self.task, self.nest, self.lanes
         width = nest.value_size if not self.blocking.packed else -(-nest.value_size // lanes) * lanes
-        vectors = max(1, min(4, (task.kernel.profile.registers - 1) // (self.rows + 1)))
+        height, vectors = value_tile(task.kernel.profile, self.rows, -(-nest.value_size // lanes))
         full, rest = divmod(width, vectors * lanes)
 
-        def panel(first: Expr, used: list[int]) -> Stmt:
+        def part(start: Expr, rows: int, first: Expr, used: list[int]) -> Stmt:
             def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
-                at = [self.carry + i, first + n * lanes + v]
+                at = [self.carry + start + i, first + n * lanes + v]
                 if not task.single:
-                    value = task.results[tuple(at)] * task.factor[i] + value
+                    value = task.results[tuple(at)] * task.factor[start + i] + value
                 return tirx.BufferStore(task.results, value, at)
 
             def b(n: Expr, v: Expr, k: Expr) -> Expr:
@@ -564,8 +572,11 @@ class Tile:
                     return task.values[k, column]
                 return nest.v[(task.batch, task.head, self.start + k, column)].astype(task.dtype)
 
-            tile = RegisterTile(task.dtype, self.rows, used, lanes)
-            return tile.emit([self.keys], lambda i, k: task.scores[i, k], b, deliver)
+            tile = RegisterTile(task.dtype, rows, used, lanes)
+            return tile.emit([self.keys], lambda i, k: task.scores[start + i, k], b, deliver)
+
+        def panel(first: Expr, used: list[int]) -> Stmt:
+            return self._parts(height, lambda start, rows: part(start, rows, first, used))
 
         wide = loop(full, lambda p: panel(p * (vectors * lanes), [lanes] * vectors), name="panel")
         return seq(wide, panel(i64(full * vectors * lanes), spans(rest, lanes)) if rest else None)
