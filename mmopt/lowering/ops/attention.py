@@ -11,8 +11,10 @@ from mmopt.backends.compute import Map, Tensor
 from mmopt.backends.cpu.choosing import dim
 from mmopt.backends.cpu.kernels.attention import Attention, Rules
 from mmopt.backends.cpu.kernels.attention_blocking import Blocking, Problem
+from mmopt.backends.cpu.kernels.attention_dot import DotAttention
 from mmopt.backends.cpu.loops import i64, static
 from mmopt.backends.expressions import itemsize, same, simplify
+from mmopt.lowering.ops.attention_narrow import narrow_attention
 from mmopt.lowering.ops.elementwise import accumulator
 from mmopt.lowering.ops.movement import joined
 from mmopt.lowering.registry import OpNode, lowers
@@ -39,11 +41,25 @@ def attention(node: OpNode) -> list[Value]:
     _check_heads(q, k, v)
     offset = past.shape[2] if past is not None else None
     rules = Rules(_scale(node, q), node.attr("softcap", 0.0), bool(node.attr("is_causal", 0)), offset)
-    nest = _template(node, q, k, v, rules, None if lengths is None else node.context.tensor(lengths))
+    nest = _narrow(node, rules) or _template(
+        node, q, k, v, rules, None if lengths is None else node.context.tensor(lengths)
+    )
     result = Value(nest.output, name=node.name)
     if nest.order == "bshd":
         result = _heads_first(result)
     return [result, k, v][: node.n_outputs]
+
+
+def _narrow(node: OpNode, rules: Rules) -> DotAttention | None:
+    """The template for operands widened from bfloat16, where nothing but the scores is asked for."""
+    narrow = [node.input(n).narrow for n in range(3)]
+    if any(node.optional(n) is not None for n in range(3, 7)) or rules.causal or rules.softcap:
+        return None
+    heads = [node.attr("q_num_heads", 0)] + [node.attr("kv_num_heads", 0)] * 2
+    operands = [_split(node, value, count) for value, count in zip(narrow, heads, strict=True) if value is not None]
+    if len(operands) < 3:
+        return None
+    return narrow_attention(node, operands, rules.scale, _order(node))
 
 
 def _check(node: OpNode) -> None:

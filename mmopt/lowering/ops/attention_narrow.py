@@ -1,0 +1,48 @@
+"""Attention of operands that were widened from bfloat16."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
+from mmopt.backends.cpu.dot import dot_for
+from mmopt.backends.cpu.kernels.attention_dot import PANEL, DotAttention
+from mmopt.backends.cpu.loops import static
+from mmopt.lowering.registry import OpNode
+from mmopt.lowering.values import Value
+
+BLOCK = 256
+"""Keys of a block: the scores of a tile of rows stay in the first-level cache."""
+
+
+def narrow_attention(node: OpNode, operands: Sequence[Value], scale: float, order: str) -> DotAttention | None:
+    """Unmasked attention computed in bfloat16.
+
+    Args:
+        node: The node being lowered.
+        operands: Q, K and V as ``[batch, heads, sequence, size]``, bfloat16.
+        scale: Factor of the scores.
+        order: Axes of the result.
+
+    Returns:
+        ``None`` when there is no kernel: symbolic lengths, sizes that do not fill panels, or no instruction.
+    """
+    context = node.context
+    q, k, v = operands
+    dot = dot_for(context.program.profile, "bfloat16", "bfloat16")
+    sizes = [static(d) for d in (*q.shape[1:], *k.shape[2:], v.shape[3])]
+    if dot is None or dot.a != "bfloat16" or any(value.dtype != "bfloat16" for value in operands) or scale <= 0:
+        return None
+    if None in sizes:
+        return None
+    heads, queries, size, keys, _, value_size = (s or 0 for s in sizes)
+    if queries < dot.most_rows[1] or keys < PANEL or size % PANEL or value_size % PANEL:
+        return None
+    batch = dim(q.shape[0])
+    dims = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "size": size, "value_size": value_size}
+    work = 2.0 * typical(batch, 1) * heads * queries * keys * (size + value_size)
+    workload = Workload("attention_bf16", tuple(dims.items()), ("bfloat16", "float32"), work)
+    options = [Candidate({"keys": block}, work / 2 / dot.rate * 2) for block in (BLOCK, 2 * BLOCK, BLOCK // 2)]
+    best = context.program.chooser.choose(workload, options)
+    tensors = [context.tensor(value) for value in operands]
+    return DotAttention(*tensors, scale=scale, dot=dot, keys=best.number("keys"), order=order, workload=workload)
