@@ -114,7 +114,7 @@ def _clip() -> tuple[Any, dict[str, Any], str]:
     config = transformers.CLIPConfig(
         text_config={**_TEXT, "max_position_embeddings": 20}, vision_config=_VISION, projection_dim=16
     )
-    inputs = {"input_ids": _ids(2, 7), "pixel_values": _pixels(1), "attention_mask": _mask(2, 7)}
+    inputs = {"input_ids": _ids(2, 7), "pixel_values": _pixels(2), "attention_mask": _mask(2, 7)}
     return transformers.CLIPModel(config), inputs, "logits_per_image"
 
 
@@ -122,7 +122,7 @@ def _siglip() -> tuple[Any, dict[str, Any], str]:
     import transformers
 
     config = transformers.SiglipConfig(text_config={**_TEXT, "max_position_embeddings": 20}, vision_config=_VISION)
-    return transformers.SiglipModel(config), {"input_ids": _ids(2, 20), "pixel_values": _pixels(1)}, "logits_per_image"
+    return transformers.SiglipModel(config), {"input_ids": _ids(2, 20), "pixel_values": _pixels(2)}, "logits_per_image"
 
 
 def _vit() -> tuple[Any, dict[str, Any], str]:
