@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto, helper
@@ -18,9 +19,10 @@ from mmopt.backends.cpu.kernels.conv_direct import DirectConvolution
 from mmopt.backends.cpu.kernels.conv_patches import Convolved, Patch, direct_candidates, patch_of
 from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.profile import Profile
+from mmopt.ir.module import Module
 from tests.kernels import PROFILES, UNTOUCHED, WIDEST, Arrays, Case, profiles
 from tests.kernels import check as check_kernels
-from tests.programs import Example, check, grouped, model_of, wrong_answers
+from tests.programs import Example, Programs, check, grouped, model_of, wrong_answers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,8 +396,50 @@ def test_large_layers_are_cut_into_tall_tiles() -> None:
     assert chosen[1].parts == 1
 
 
+def branches() -> list[Example]:
+    """Branches that split off, and come together by joining and adding: what DenseNets, U-Nets and their like do."""
+    random = np.random.default_rng(0)
+
+    def filters(*shape: int) -> np.ndarray:
+        return (random.standard_normal(shape) / 8).astype(np.float32)
+
+    weights = {"w": filters(32, 16, 3, 3), "v": filters(16, 32, 1, 1), "u": filters(16, 48, 3, 3)}
+    weights |= {"halves": np.array([16, 16]), "uneven": np.array([8, 24]), "t": filters(16, 16, 1, 1)}
+    conv = {name: {"pads": [1, 1, 1, 1]} if weights[name].shape[-1] == 3 else {} for name in "wvut"}
+
+    def apply(name: str, x: str, y: str) -> onnx.NodeProto:
+        return helper.make_node("Conv", [x, name], [y], **conv[name])
+
+    feeds = {"x": random.standard_normal((2, 16, 6, 5)).astype(np.float32)}
+    dense = [apply("w", "x", "a"), apply("v", "a", "b"), helper.make_node("Concat", ["a", "b"], ["c"], axis=1)]
+    dense += [helper.make_node("Relu", ["c"], ["d"]), apply("u", "d", "y")]
+    wide = [apply("w", "x", "a"), helper.make_node("Concat", ["a", "a"], ["b"], axis=3), apply("v", "b", "y")]
+    mixed = [apply("v", "a", "b"), helper.make_node("Concat", ["x", "b"], ["c"], axis=1), apply("v", "c", "y")]
+
+    def halved(sizes: str) -> list[onnx.NodeProto]:
+        made = [apply("w", "x", "a"), helper.make_node("Split", ["a", sizes], ["b", "c"], axis=1)]
+        return [*made, helper.make_node("Concat", ["c", "b"], ["d"], axis=1), apply("v", "d", "y")]
+
+    return [
+        Example("dense", model_of(dense, feeds, ["y"], weights), feeds),
+        Example("joined along a line", model_of(wide, feeds, ["y"], weights), feeds),
+        Example("joined with another layout", model_of([apply("w", "x", "a"), *mixed], feeds, ["y"], weights), feeds),
+        Example("halves", model_of(halved("halves"), feeds, ["y"], weights), feeds),
+        Example("pieces that are not whole blocks", model_of(halved("uneven"), feeds, ["y"], weights), feeds),
+    ]
+
+
+def test_layouts_change_at_borders_only() -> None:
+    """Between the first convolution and the last nothing is brought into another layout."""
+    for example in branches():
+        kernels = Programs([Module(ir.from_proto(example.model))], WIDEST).kernels
+        changes = [name for name in kernels if name.startswith(("blocks", "plain"))]
+        expected = ["blocks"] if "another layout" in example.name or "not whole" in example.name else []
+        assert changes == expected, (example.name, kernels)
+
+
 FAMILIES: list[Callable[[], list[Example]]] = [
-    ranks, channels, groups, automatic_padding, other_types, symbolic, surroundings,
+    ranks, channels, groups, automatic_padding, other_types, symbolic, surroundings, branches,
 ]  # fmt: skip
 
 
@@ -408,7 +452,7 @@ def test_convolutions(family: Callable[[], list[Example]], profile: str) -> None
 @pytest.mark.parametrize("profile", PROFILES)
 def test_convolutions_in_fusion_groups(profile: str) -> None:
     """Operators of a group stay computations until the whole group is one kernel."""
-    wrong = wrong_answers([*surroundings(), *_symbolic_operands()], profile, prepare=grouped)
+    wrong = wrong_answers([*surroundings(), *branches(), *_symbolic_operands()], profile, prepare=grouped)
     assert not wrong, "\n".join(wrong)
 
 

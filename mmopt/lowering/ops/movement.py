@@ -8,7 +8,7 @@ import numpy as np
 from tvm import tirx
 from tvm.ir import Expr
 
-from mmopt.backends.compute import Map
+from mmopt.backends.compute import Map, Tensor
 from mmopt.backends.cpu.kernels.join import Join
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.extents import (
@@ -77,7 +77,20 @@ def joined(node: OpNode, values: Sequence[Value], axis: int) -> Value:
     filled = [v for v in values if known(v.shape[axis]) != 0] or [values[0]]
     if len(filled) == 1:
         return filled[0]
-    return Value(Join([node.context.tensor(v) for v in filled], axis).output, name=node.name)
+    tensors = [node.context.tensor(v) for v in filled]
+    if (blocks := _all_in_blocks(filled)) is not None:
+        return Value.in_blocks(Join(blocks, axis).output, node.name)
+    return Value(Join(tensors, axis).output, name=node.name)
+
+
+def _all_in_blocks(values: Sequence[Value]) -> list[Tensor] | None:
+    """``values`` in the blocked layout of the first, where all have it; see ``Value.blocked``."""
+    first = values[0].blocked
+    lanes = None if first is None else known(first.shape[-1])
+    if lanes is None:
+        return None
+    found = [v.in_blocks_of(lanes) for v in values]
+    return None if any(b is None for b in found) else [b for b in found if b is not None]
 
 
 @lowers("Split")
@@ -86,12 +99,29 @@ def split(node: OpNode) -> list[Value]:
     data = node.input(0)
     axis = axis_attr(node, data.ndim, 0)
     sizes = _split_sizes(node, data.shape[axis], axis)
+    node.context.tensor(data)
     start: Expr = i64(0)
     pieces: list[Value] = []
     for extent in sizes:
-        pieces.append(piece(node, data, {axis: (start, i64(1), extent)}))
+        whole = _channels_in_blocks(node, data, start, extent) if axis == 1 else None
+        pieces.append(whole or piece(node, data, {axis: (start, i64(1), extent)}))
         start = simplify(start + extent)
     return pieces
+
+
+def _channels_in_blocks(node: OpNode, data: Value, start: Expr, extent: Expr) -> Value | None:
+    """Some channels of a value in a blocked layout, where they are whole blocks."""
+    lanes = None if data.blocked is None else known(data.blocked.shape[-1])
+    first, count = known(start), known(extent)
+    if data.blocked is None or not lanes or first is None or not count or first % lanes or count % lanes:
+        return None
+    blocks, shift = data.blocked, first // lanes
+
+    def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
+        return blocks[(n, c + shift, *rest)]
+
+    shape = (blocks.shape[0], i64(count // lanes), *blocks.shape[2:])
+    return Value.in_blocks(Map(shape, blocks.dtype, body, "split"), node.name)
 
 
 def _split_sizes(node: OpNode, extent: Expr, axis: int) -> list[Expr]:
