@@ -63,7 +63,11 @@ def compile_module(
         inputs = tuple(tensor_spec(v) for v in entry.graph.inputs if v.name not in entry.graph.initializers)
         done[name] = EntryPoint(name, inputs, tuple(tensor_spec(v) for v in entry.graph.outputs), segments)
     native = any(s.kind == "native" for e in done.values() for s in e.segments)
-    library = build_library(builder.module(), profile) if native else None
+    library: bytes | None = None
+    if native:
+        collected = builder.module()
+        library, workspace = build_library(collected, profile, list(builder.kernels))
+        done = {name: _with_workspace(entry, workspace) for name, entry in done.items()}
     return Program(
         library=library,
         weights=builder.weights,
@@ -75,13 +79,18 @@ def compile_module(
     )
 
 
+def _with_workspace(entry: EntryPoint, size: int) -> EntryPoint:
+    segments = tuple(dataclasses.replace(s, workspace=size) if s.kind == "native" else s for s in entry.segments)
+    return dataclasses.replace(entry, segments=segments)
+
+
 def _segment(part: Part, builder: ProgramBuilder, fallback: dict[str, object]) -> Segment:
     if part.model is not None:
         path = f"fallback/{part.name}.onnx"
         fallback[path] = part.model
         return Segment("onnxruntime", part.inputs, part.outputs, model=path)
     params = tuple(builder.weight_key(s) for s in part.params)
-    return Segment("native", part.inputs, part.outputs, function=part.name, params=params)
+    return Segment("native", part.inputs, part.outputs, function=part.name, params=params, table=True, fresh=True)
 
 
 def tensor_spec(value: ir.Value) -> TensorSpec:

@@ -11,6 +11,7 @@ from tvm import relax, tirx
 from tvm.ir import Expr, GlobalVar
 
 from mmopt.backends.compute import Map, Source, Tensor, index
+from mmopt.backends.cpu.joining import WEIGHTS
 from mmopt.backends.cpu.loops import flat_index, split_index
 from mmopt.backends.expressions import same, simplify, variables
 from mmopt.ir.module import FUSED_DOMAIN
@@ -29,7 +30,10 @@ from mmopt.lowering.values import (
     plain_view,
 )
 
-REMEMBERING = frozenset({"Cast", "Gemm", "MatMul", "QuantizeLinear", "Reshape", "Transpose"})
+REMEMBERING = frozenset(
+    {"Attention", "Cast", "Conv", "ConvTranspose", "GRU", "Gemm", "LSTM", "MatMul", "QuantizeLinear", "RNN", "Reshape"}
+    | {"Transpose"}
+)
 """Operators that use what a deferred value was made from, or hand it on. All others get it in memory."""
 
 FAILED = "its lowering failed"
@@ -104,7 +108,7 @@ class FunctionLowering:
         self._vars: dict[Tensor, relax.Var] = {}
         self._realized: dict[Tensor, Source] = {}
         self._borrowed: set[Tensor] = set()
-        self._params_var = relax.Var("params", relax.ObjectType())
+        self._params_var = relax.Var(WEIGHTS, relax.ObjectType())
         self._arguments: list[relax.Var] = []
         self._lazy = 0
         self._scopes: list[relax.BlockBuilder] = []
@@ -410,7 +414,7 @@ class FunctionLowering:
             if not isinstance(source, ConstantSource):
                 raise NotLowered(f"{source!r} is not available in {self.name}")
             out = relax.TensorType(source.shape, source.dtype)
-            position = relax.prim_value(self.params.position(source))
+            position = relax.prim_value(1 + self.params.position(source))  # behind the table of addresses
             call = relax.call_pure_packed("vm.builtin.tuple_getitem", self._params_var, position, ty_args=[out])
             self._vars[source] = self.builder.emit(call)
         return self._vars[source]

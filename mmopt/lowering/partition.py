@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-from tvm import relax, tirx
+from tvm import tirx
 
 from mmopt.backends.compute import Source
 from mmopt.errors import UnsupportedError
@@ -286,16 +286,8 @@ def _lowering(module: Module, name: str, builder: ProgramBuilder) -> FunctionLow
 
 def _add(builder: ProgramBuilder, name: str, lowering: FunctionLowering, function: Any) -> list[ConstantSource]:
     """Add a finished function to the program; its weights, in order."""
-    builder.add_entry(function if lowering.params.sources else _without_params(function), name)
+    builder.add_entry(function, name)
     return lowering.params.sources
-
-
-def _without_params(function: Any) -> Any:
-    """``function`` less its last parameter, the weights, of which there are none."""
-    *params, weights = function.params
-    none = relax.BindingBlock([relax.VarBinding(weights, relax.Tuple([]))])
-    body = relax.SeqExpr([none, *function.body.blocks], function.body.body)
-    return relax.Function(params, body, function.ret_ty, function.is_pure, function.attrs)
 
 
 def _constant(value: ir.Value) -> bool:

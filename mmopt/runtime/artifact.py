@@ -74,6 +74,11 @@ class Segment:
             one array of the param tensors; it always returns an array of tensors in the order of ``outputs``.
         params: Native: keys in ``weights.safetensors``.
         model: Onnxruntime: path of the model relative to the artifact, with ``/``.
+        table: Native: the array of param tensors is always passed, and begins with one more tensor: int64, the address
+            of a clock or 0, that of the workspace, then the address of each param. The clock has two int64 for each of
+            the manifest's kernels, cycles of the CPU's counter spent in it and calls, and one more, its last reading.
+        workspace: Native: bytes that a run needs for itself, with ``table``.
+        fresh: Native: every result is memory of its own, which nobody else uses.
     """
 
     kind: str
@@ -82,6 +87,9 @@ class Segment:
     function: str = ""
     params: tuple[str, ...] = ()
     model: str = ""
+    table: bool = False
+    fresh: bool = False
+    workspace: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The form the manifest holds."""
@@ -97,6 +105,9 @@ class Segment:
             function=data.get("function", ""),
             params=tuple(data.get("params", ())),
             model=data.get("model", ""),
+            table=bool(data.get("table", False)),
+            fresh=bool(data.get("fresh", False)),
+            workspace=int(data.get("workspace", 0)),
         )
 
 

@@ -17,15 +17,12 @@ from mmopt.errors import BackendError
 from mmopt.runtime.artifact import Segment
 from mmopt.runtime.cpu import allowed_cpus
 from mmopt.runtime.libraries import load_runtime
-from mmopt.runtime.tensors import Array, Converter
+from mmopt.runtime.tensors import Array, Converter, aligned_empty
 
 _CPU, _DEVICE_ID, _POOLED = 1, 0, 2
 _SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore of TVM: no thread is bound to one core
 
 T = TypeVar("T")
-
-Observer = Callable[..., int]
-"""``observer(function, name, before, result, *arguments)``, called before and after each call; returns 0."""
 
 
 class ThreadPoolSize:
@@ -75,10 +72,8 @@ class _Machine:
         self._module = module
         self._functions: dict[str, Any] = {}
         self.clock = clock
-
-    def tell(self, observer: Observer) -> None:
-        """Call ``observer`` around every call of a kernel or a built-in function."""
-        self._module["set_instrument"](observer)
+        self.weights: dict[tuple[bool, tuple[str, ...]], Any] = {}
+        self.workspace = aligned_empty(0)
 
     def function(self, name: str) -> Any:
         if name not in self._functions:
@@ -97,7 +92,6 @@ class NativeEngine:
         self.convert = Converter(tvm_ffi)
         self._pool_size = ThreadPoolSize(tvm_ffi, threads)
         self._weights = weights
-        self._params: dict[tuple[str, ...], Any] = {}
         self._tensors: dict[str, Any] = {}
         self._idle: list[_Machine] = []
         self._lock = threading.Lock()
@@ -121,30 +115,32 @@ class NativeEngine:
             BackendError: The function failed.
         """
         arguments = [self.convert.to_tvm(v) if isinstance(v, np.ndarray) else v for v in values]
-        if segment.params:
-            arguments.append(self._param_array(segment.params))
         return self._pool_size.call(lambda: self._invoke(segment, arguments))
 
     @contextlib.contextmanager
-    def observed(self, observer: Observer, clock: Array | None = None) -> Iterator[None]:
-        """Runs inside use one virtual machine of their own that tells ``observer`` of every call it makes.
+    def clocked(self, kernels: int) -> Iterator[Array]:
+        """Runs inside use one virtual machine of their own, whose kernels measure themselves.
 
         Args:
-            observer: Told of calls of functions, which may be runs of many kernels.
-            clock: Gets the cycles and calls of every kernel inside such a run: int64, ``[kernels, 2]``.
+            kernels: Kernels in the manifest.
+
+        Yields:
+            The clock of :class:`Segment`, for the caller to read and clear between runs.
         """
+        clock = np.zeros(2 * kernels + 1, np.int64)
         machine = _Machine(self._load_vm(), clock)
-        machine.tell(observer)
         with self._lock:
             kept, self._idle = self._idle, [machine]
         try:
-            yield
+            yield clock
         finally:
             with self._lock:
                 self._idle = kept
 
     def _invoke(self, segment: Segment, arguments: list[Any]) -> list[Any]:
         machine = self._acquire()
+        if segment.params or segment.table:
+            arguments.append(self._param_array(segment, machine))
         try:
             results = list(machine.function(segment.function)(*arguments))
         except Exception as error:  # tvm_ffi raises whatever type the kernel's check names
@@ -160,11 +156,22 @@ class NativeEngine:
         with self._lock:
             return self._idle.pop() if self._idle else _Machine(self._load_vm())
 
-    def _param_array(self, names: tuple[str, ...]) -> Any:
-        with self._lock:
-            if names not in self._params:
-                self._params[names] = self._ffi.Array([self._tensor(name) for name in names])
-            return self._params[names]
+    def _param_array(self, segment: Segment, machine: _Machine) -> Any:
+        """The last argument of the segment's function, with memory that belongs to ``machine``."""
+        key = (segment.table, segment.params)
+        if key not in machine.weights:
+            with self._lock:
+                tensors = [self._tensor(name) for name in segment.params]
+            if segment.table:
+                tensors.insert(0, self.convert.to_tvm(self._table(segment, machine, tensors)))
+            machine.weights[key] = self._ffi.Array(tensors)
+        return machine.weights[key]
+
+    def _table(self, segment: Segment, machine: _Machine, tensors: Sequence[Any]) -> Array:
+        if machine.workspace.nbytes < segment.workspace:
+            machine.workspace = aligned_empty(segment.workspace)
+        clock = 0 if machine.clock is None else machine.clock.ctypes.data
+        return np.array([clock, machine.workspace.ctypes.data, *(t.data_ptr() for t in tensors)], np.int64)
 
     def _tensor(self, name: str) -> Any:
         if name not in self._tensors:

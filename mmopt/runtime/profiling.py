@@ -7,15 +7,11 @@ import dataclasses
 import re
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
-
-import numpy as np
 
 from mmopt.runtime.artifact import MAIN
 from mmopt.runtime.session import Entry, Session
-
-_BUILTIN = "vm.builtin."
 
 _RUN = re.compile(r"_run\d*$")
 """How functions that call many kernels in a row are named."""
@@ -52,52 +48,6 @@ class ModelTime:
     seconds: float
     kernels: list[KernelTime]
     runs: int
-
-
-class _Stopwatch:
-    """Collects the time of every call of one run: of functions the virtual machine calls, and of kernels inside them.
-
-    A function of the library calls many kernels in a row, and adds the cycles each takes to a clock. The time of these
-    functions tells how long a cycle of that counter is.
-
-    Args:
-        kernels: Names of the kernels in the order of the clock.
-    """
-
-    def __init__(self, kernels: Sequence[str]) -> None:
-        self.names = kernels
-        self.clock = np.zeros((len(kernels), 2), np.int64)
-        self.calls: dict[str, list[int]] = collections.defaultdict(list)
-        self._begun: list[int] = []
-
-    def __call__(self, function: Any, name: str, before: bool, *rest: Any) -> int:
-        now = time.perf_counter_ns()
-        if not before:
-            self.calls[name].append(now - self._begun.pop())
-        else:
-            self._begun.append(time.perf_counter_ns())
-        return 0
-
-    def reset(self) -> None:
-        """Begin a new run."""
-        self.calls.clear()
-        self.clock[...] = 0
-
-    def kernels(self) -> dict[str, tuple[int, float]]:
-        """Calls and seconds of each kernel. What observing itself takes is left out: the shortest built-in call."""
-        trivial = min((min(times) for name, times in self.calls.items() if name.startswith(_BUILTIN)), default=0)
-        spent = {
-            name: (len(times), max(0, sum(times) - trivial * len(times)) / 1e9) for name, times in self.calls.items()
-        }
-        found = {name: spent[name] for name in self.names if name in spent}
-        cycles = int(self.clock[:, 0].sum())
-        if cycles:
-            cycle = sum(seconds for name, (_, seconds) in spent.items() if _RUN.search(name)) / cycles
-            for name, (ticks, calls) in zip(self.names, self.clock.tolist(), strict=True):
-                before, seconds = found.get(name, (0, 0.0))
-                if calls:
-                    found[name] = before + calls, seconds + ticks * cycle
-        return found
 
 
 def time_kernels(
@@ -145,10 +95,17 @@ def _timed(target: Entry, inputs: Mapping[str, Any]) -> float:
 
 def _observe(session: Session, target: Entry, inputs: Mapping[str, Any]) -> Iterator[dict[str, tuple[int, float]]]:
     """Calls and seconds by kernel, of each run of one turn."""
-    watch = _Stopwatch([str(kernel["name"]) for kernel in session.manifest.kernels])
-    with session.native.observed(watch, watch.clock):
+    names = [str(kernel["name"]) for kernel in session.manifest.kernels]
+    readings: list[dict[str, tuple[int, int]]] = []
+    with session.native.clocked(len(names)) as clock:
         target.run(inputs)  # the first run of a virtual machine takes memory from the system
+        began, first = time.perf_counter(), int(clock[-1])
         for _ in range(_TURN):
-            watch.reset()
+            clock[:-1] = 0
             target.run(inputs)
-            yield watch.kernels()
+            spent = clock[:-1].reshape(-1, 2)
+            readings.append({name: (int(n), int(c)) for name, (c, n) in zip(names, spent, strict=True) if n})
+        cycles = int(clock[-1]) - first
+        second = cycles / (time.perf_counter() - began)
+    for reading in readings:
+        yield {name: (calls, ticks / second) for name, (calls, ticks) in reading.items()}

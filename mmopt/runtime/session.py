@@ -35,6 +35,7 @@ class Entry:
     def __init__(self, entry: EntryPoint, session: Session) -> None:
         self.name, self.inputs, self.outputs = entry.name, entry.inputs, entry.outputs
         self._segments, self._session = entry.segments, session
+        self._fresh = {name for segment in entry.segments if segment.fresh for name in segment.outputs}
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the outputs. May be called from several threads at once.
@@ -65,7 +66,8 @@ class Entry:
             return [item.copy() if id(value) in given else item for item in value]
         if value is None:
             return None
-        return self._session.native.convert.to_numpy(value, numpy_dtype(spec.dtype))
+        convert = self._session.native.convert
+        return convert.to_numpy(value, numpy_dtype(spec.dtype), copy=spec.name not in self._fresh)
 
 
 def _lookup(values: Mapping[str, Any], name: str) -> Any:

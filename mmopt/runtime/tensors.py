@@ -174,11 +174,14 @@ class Converter:
             flat = aligned_empty(1)
         return self._view(self._ffi.from_dlpack(flat), array.shape, self._ffi.dtype(dtype_name(array)), 0)
 
-    def to_numpy(self, tensor: Any, dtype: np.dtype[Any] | None = None) -> Array:
-        """A fresh array with the content of ``tensor``.
+    def to_numpy(self, tensor: Any, dtype: np.dtype[Any] | None = None, *, copy: bool = True) -> Array:
+        """An array with the content of ``tensor``.
 
-        A copy, always: a result may be an input, a weight or a constant of the library, and the memory of
-        intermediate values is used again by the next run.
+        Args:
+            tensor: A TVM tensor.
+            dtype: What to make of types that kernels know under another name.
+            copy: False only for memory that belongs to nobody else. Other tensors may be an input, a weight or a
+                constant of the library, or be used again by the next run.
         """
         stored = numpy_dtype(str(tensor.dtype))
         shape = tuple(tensor.shape)
@@ -186,8 +189,10 @@ class Converter:
         if 0 in shape:
             return np.empty(shape, dtype or stored)
         if stored.isbuiltin == _NUMPYS_OWN:
-            fresh = np.from_dlpack(tensor).copy()
+            fresh = np.from_dlpack(tensor)
         else:
             raw = self._view(tensor, (math.prod(shape) * stored.itemsize,), self._ffi.dtype("uint8"), 0)
-            fresh = np.from_dlpack(raw).copy().view(stored).reshape(shape)
+            fresh = np.from_dlpack(raw).view(stored).reshape(shape)
+        if copy or not fresh.flags.writeable:
+            fresh = fresh.copy()
         return fresh if dtype is None or dtype == stored else _from_whole_bytes(fresh, dtype)

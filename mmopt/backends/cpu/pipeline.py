@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 import tvm
 from tvm import relax
+from tvm.tirx import compilation_pipeline
 
 from mmopt.backends.cpu import intrinsics
+from mmopt.backends.cpu.joining import Joined, join_kernels, settle
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
 
@@ -40,14 +43,19 @@ def target_of(profile: Profile) -> tvm.target.Target:
     return tvm.target.Target(spec)
 
 
+def join(module: tvm.IRModule, kernels: Sequence[str]) -> Joined:
+    """Bring Relax functions into plain form and join their kernels; see :func:`~.joining.join_kernels`."""
+    steps = relax.transform
+    plain = tvm.transform.Sequential([steps.Normalize(), steps.ToNonDataflow(), steps.RemovePurityChecking()])
+    return join_kernels(plain(module), {name: position for position, name in enumerate(kernels)})
+
+
 def legalize() -> tvm.transform.Pass:
     """Relax passes from calls of kernels to instructions of the virtual machine, with memory planned."""
     steps = relax.transform
     return tvm.transform.Sequential(
         [
             steps.Normalize(),
-            steps.ToNonDataflow(),
-            steps.RemovePurityChecking(),
             steps.CallTIRRewrite(),
             steps.StaticPlanBlockMemory(),
             steps.LowerAllocTensor(),
@@ -60,15 +68,38 @@ def legalize() -> tvm.transform.Pass:
     )
 
 
-def build_library(module: tvm.IRModule, profile: Profile) -> bytes:
+_LOWERING = "mmopt"
+
+
+def _lowering() -> tuple[tvm.transform.Pass, object, object]:
+    """TVM's own lowering of kernels, with :func:`~.joining.settle` behind it."""
+    usual, host, device = compilation_pipeline.get_tir_pipeline("s_tir")
+    settled = tvm.tirx.transform.prim_func_pass(lambda function, module, context: settle(function), opt_level=0)
+    return tvm.transform.Sequential([usual, settled]), host, device
+
+
+compilation_pipeline.register_tir_pipeline(_LOWERING, _lowering)
+
+
+def _private(module: tvm.IRModule, names: set[str]) -> tvm.IRModule:
+    """``module`` with the functions called ``names`` known inside the library only."""
+    functions = {
+        handle: function.without_attr("global_symbol") if str(handle.name_hint) in names else function
+        for handle, function in module.functions.items()
+    }
+    return tvm.IRModule(functions, attrs=module.attrs)
+
+
+def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> tuple[bytes, int]:
     """Compile ``module`` and link it.
 
     Args:
         module: Relax functions and the kernels they call.
         profile: A ``cpu`` or ``arm`` profile.
+        kernels: Names of the kernels, in the order of their slots in the clock.
 
     Returns:
-        The shared library.
+        The shared library, and the bytes of workspace that a call needs.
 
     Raises:
         BackendError: Code generation or linking failed.
@@ -77,11 +108,13 @@ def build_library(module: tvm.IRModule, profile: Profile) -> bytes:
     target = target_of(profile)
     try:
         with target, code_generation():
-            lowered = legalize()(module)
-            executable = relax.build(lowered, target=target, relax_pipeline=tvm.transform.Sequential([]))
+            joined = join(module, kernels)
+            lowered = _private(legalize()(joined.module), joined.bare)
+            nothing = tvm.transform.Sequential([])
+            executable = relax.build(lowered, target=target, relax_pipeline=nothing, tir_pipeline=_LOWERING)
         with tempfile.TemporaryDirectory(prefix="mmopt-") as folder:
             path = pathlib.Path(folder, "lib.so")
             executable.export_library(str(path))
-            return path.read_bytes()
+            return path.read_bytes(), joined.workspace
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error
