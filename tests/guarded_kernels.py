@@ -1,14 +1,15 @@
 """Runs kernels on memory that ends at a page nobody may touch: reading or writing beyond an end stops the process.
 
-``python -m tests.guarded_kernels PROFILE`` prints the name of each case before it runs, so that the last line names the
-one that went too far. Arrays whose sizes are multiples of 64 bytes end exactly at the page; others within 63 bytes.
+``python -m tests.guarded_kernels PROFILE`` (or ``PROFILE narrow``, for products in narrow numbers) prints the name of
+each case before it runs, so that the last line names the one that went too far. Arrays whose sizes are multiples of 64
+bytes end exactly at the page; others within 63 bytes.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -17,6 +18,7 @@ from tvm import tirx
 from mmopt.backends.compute import SUM, Reduction, compute
 from mmopt.backends.cpu.kernels.matmul_blocking import Blocking
 from mmopt.backends.cpu.kernels.tile import Tile, lanes_of
+from mmopt.backends.profile import Profile, load_profile
 from mmopt.ir.module import Module
 from mmopt.lowering.ops.matmul import pack_panels
 from tests.kernels import Arrays, Case, Memory, failures, profiles
@@ -29,6 +31,7 @@ from tests.unit import (
     test_kernel_matmul,
     test_kernel_recurrent,
     test_kernel_winograd,
+    test_narrow_products,
 )
 from tests.unit.test_kernel_conv import Geometry
 from tests.unit.test_kernel_recurrent import Layer
@@ -130,9 +133,14 @@ def models() -> list[Example]:
     return made
 
 
-def run_models(profile: str) -> list[str]:
-    """Run :func:`models` with guarded inputs; weights are guarded too, for they come in as arrays."""
-    examples = models()
+def narrow() -> list[Example]:
+    """Products in narrow numbers with tails in each direction, sizes known and not."""
+    few = [*test_narrow_products.quantized()[:11], *test_narrow_products.halves()[2::3]]
+    return [*few, *test_narrow_products.integer_operators()[::7], *test_narrow_products.stored()[::3]]
+
+
+def run_models(examples: Sequence[Example], profile: Profile) -> list[str]:
+    """Run ``examples`` with guarded inputs; weights are guarded too, for they come in as arrays."""
     compiled = Programs([Module(ir.from_proto(e.model)) for e in examples], profile, memory=Memory(guard=True))
     wrong: list[str] = []
     for number, example in enumerate(examples):
@@ -160,6 +168,8 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["beyond"]:
         failures([beyond()], name, guard=True, tell=lambda case: print(case, flush=True))
         sys.exit("the page could be touched")
+    if sys.argv[2:] == ["narrow"]:
+        sys.exit("\n".join(run_models(narrow(), load_profile(name))) or 0)
     found = [w for f in FAMILIES for w in failures(f(name), name, guard=True, tell=lambda c: print(c, flush=True))]
-    found += run_models(name)
+    found += run_models(models(), profiles()[name])
     sys.exit("\n".join(found) if found else 0)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.kernels import PROFILES, WIDEST
+from tests.unit.test_narrow_products import levels
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -18,6 +19,13 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("profile", PROFILES)
 def test_kernels_stay_within_their_arrays(profile: str) -> None:
     done = run(profile)
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"ended with {done.returncode} at {last}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("level", levels())
+def test_products_in_narrow_numbers_stay_within_their_arrays(level: str) -> None:
+    done = run(level, "narrow")
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"ended with {done.returncode} at {last}\n{done.stderr[-2000:]}"
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Sequence
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
+import tvm
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
+from tvm import tirx
 
 from mmopt.backends.cpu.dot import dot_for
 from mmopt.backends.cpu.kernels import matmul_dot, matmul_weight_only
 from mmopt.backends.cpu.kernels.matmul_weight_only import Weights, pack_factors, pack_weights
+from mmopt.backends.cpu.pipeline import code_generation, target_of
 from mmopt.backends.profile import load_profile
+from mmopt.lowering.compiler import CompileOptions
+from mmopt.lowering.partition import partition
+from mmopt.lowering.program import ProgramBuilder
 from mmopt.runtime.cpu import missing_features, running_features
 from tests.kernels import WIDEST
 from tests.programs import Example, Programs, check, grouped, model_of, wrong_answers
@@ -271,6 +278,22 @@ def test_a_quantized_layer_is_one_kernel() -> None:
     assert programs.templates == ["matmul_int8"]
     (got,) = programs.run(0, example.feeds)
     np.testing.assert_array_equal(got, example.expected()[0])
+
+
+def test_quantizing_works_on_whole_registers() -> None:
+    """LLVM would split these vectors of 64 bytes into halves for some processors."""
+    profile = load_profile("sapphirerapids")
+    builder = ProgramBuilder(profile)
+    model = Dense().example((32, 64, 64)).model
+    (scale,) = [i for i in model.graph.initializer if i.name == "sy"]
+    scale.CopyFrom(numpy_helper.from_array(np.float32(0.3), "sy"))  # no power of two
+    partition(grouped(model), "main", builder, CompileOptions(allow_fallback=False))
+    (kernel,) = [f for f in builder.module().functions.values() if isinstance(f, tirx.PrimFunc)]
+    with code_generation():
+        module = tvm.compile(tvm.IRModule({"f": kernel.with_attr("global_symbol", "f")}), target=target_of(profile))
+    text = module.mod.inspect_source("asm")
+    assert re.search(r"vrndscaleps\b.*%zmm", text)
+    assert not re.search(r"v(min|max|mul|round|rndscale)ps\b.*%ymm", text)
 
 
 def test_weights_stay_packed() -> None:
