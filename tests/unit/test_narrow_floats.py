@@ -22,6 +22,8 @@ from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.precision import NarrowFloats
 from tests.canonical import evaluate, module_from
+from tests.kernels import WIDEST
+from tests.programs import Programs
 
 NUMPY = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16}
 ONNX = {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
@@ -312,6 +314,15 @@ def test_a_whole_model(format: str, tmp_path: pathlib.Path) -> None:
     assert initializer_bytes(result.module.model) < 0.52 * weights
     stored = (tmp_path / "net.mmopt" / "weights.safetensors").stat().st_size
     assert stored < 0.75 * weights, "weights of a few channels are padded; the others halve"
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp16"])
+def test_kernels_read_narrow_numbers_without_fusion_groups_too(format: str, tmp_path: pathlib.Path) -> None:
+    module = mmopt.optimize(mmopt.load(network(tmp_path / "net.onnx")), level=1, precision=format).module
+    program = Programs([module], WIDEST)
+    assert {f"conv_{format}", f"matmul_{format}", "recurrence"} <= set(program.templates)
+    wide = [name for name, data in program.weights.items() if data.dtype == np.float32 and data.size >= 32 * 32]
+    assert wide == []
 
 
 def test_a_target_without_the_arithmetic_is_told_and_obeyed(tmp_path: pathlib.Path) -> None:
