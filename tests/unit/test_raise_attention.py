@@ -200,3 +200,62 @@ def test_rows_without_a_key_keep_their_mean_under_a_finite_mask() -> None:
     feeds["mask"][1] = False
     module, _ = raised(module, feeds=feeds)
     assert count_ops(module)["Attention"] == 1
+
+
+CACHE = """
+g (float[batch, 4, 1, 8] q, float[batch, 2, 1, 8] k, float[batch, 2, 1, 8] v, float[batch, 2, past, 8] old_k,
+   float[batch, 2, past, 8] old_v) => (float[batch, 4, 1, 8] y, float[batch, 2, total, 8] new_k,
+   float[batch, 2, total, 8] new_v)
+<float scale = {0.35355338}, int64[1] two = {2}, int64[5] twice = {1, 1, 2, 1, 1}, int64[4] flat = {0, 4, -1, 8}>
+{
+  new_k = Concat<axis=2>(old_k, k)
+  new_v = Concat<axis=2>(old_v, v)
+  k5 = Unsqueeze(new_k, two)  k6 = Expand(k5, twice)  k7 = Reshape(k6, flat)
+  v5 = Unsqueeze(new_v, two)  v6 = Expand(v5, twice)  v7 = Reshape(v6, flat)
+  kt = Transpose<perm=[0, 1, 3, 2]>(k7)
+  s0 = MatMul(q, kt)
+  s = Mul(s0, scale)
+  p = Softmax<axis=-1>(s)
+  y = MatMul(p, v7)
+}
+"""
+
+
+def test_a_cache_of_keys_and_values_is_read_where_it_is() -> None:
+    module = module_from(CACHE, opset=23)
+    random = np.random.default_rng(0)
+    sizes = {"batch": 2, "past": 3}
+    feeds = {
+        str(value.name): random.standard_normal(
+            [dim if isinstance(dim, int) else sizes[str(dim)] for dim in value.shape or ()]
+        ).astype(np.float32)
+        for value in module.graph.inputs
+    }
+    module, missed = raised(module, feeds=feeds)
+    assert count_ops(module) == {"Concat": 2, "Attention": 1}, missed
+    (node,) = [n for n in module.graph if n.op_type == "Attention"]
+    assert [value.name for value in node.inputs if value is not None] == ["q", "new_k", "new_v"]
+
+
+OPERATOR = """
+g (float[batch, seq, 16] x, float[batch, seq, 8] m) => (float[batch, seq, 16] y)
+<int64[4] four = {0, 0, 4, 4}, int64[4] two = {0, 0, 2, 4}, int64[1] last = {2}, int64[5] twice = {1, 1, 2, 1, 1},
+ int64[4] heads = {0, 4, -1, 4}, int64[3] merged = {0, 0, 16}, float half = {0.5}>
+{
+  q0 = Reshape(x, four)  q1 = Transpose<perm=[0, 2, 1, 3]>(q0)  q = Mul(q1, half)
+  k0 = Reshape(m, two)  k1 = Transpose<perm=[0, 2, 1, 3]>(k0)
+  k2 = Unsqueeze(k1, last)  k3 = Expand(k2, twice)  k = Reshape(k3, heads)
+  a = Attention(q, k, k)
+  t = Transpose<perm=[0, 2, 1, 3]>(a)
+  y = Reshape(t, merged)
+}
+"""
+
+
+def test_the_operator_takes_in_what_stands_around_it() -> None:
+    module = module_from(OPERATOR, opset=23)
+    module, _ = raised(module)
+    (node,) = module.graph
+    assert [value.name for value in node.inputs if value is not None] == ["x", "m", "m"]
+    assert (node.attributes["q_num_heads"].as_int(), node.attributes["kv_num_heads"].as_int()) == (4, 2)
+    assert node.attributes["scale"].as_float() == pytest.approx(0.25)

@@ -81,7 +81,12 @@ def test_gelu_tanh(case: str) -> None:
 
 @pytest.mark.parametrize(("operator", "case"), [(o, c) for o, cases in OTHERS.items() for c in cases])
 def test_other_activations(operator: str, case: str) -> None:
-    once(RaiseActivations(), OTHERS[operator][case], operator)
+    once(RaiseActivations(softplus=True), OTHERS[operator][case], operator)
+
+
+def test_softplus_is_left_alone_unless_asked_for() -> None:
+    module, _ = raise_and_check(RaiseActivations(), model(OTHERS["Softplus"]["log"]))
+    assert "Softplus" not in count_ops(module)
 
 
 def test_a_factor_that_is_not_a_half_stays_behind() -> None:

@@ -4,10 +4,11 @@
     0.5 · x · (1 + tanh(√(2/π) · (x + 0.044715 · x³)))     →  Gelu(x) {approximate="tanh"}
     x · sigmoid(a · x)                                     →  Swish(x) {alpha=a}, from opset 24 on
     x · min(max(x + 3, 0), 6) / 6, x · HardSigmoid(x)      →  HardSwish(x)
-    log(1 + exp(x))                                        →  Softplus(x)
+    log(1 + exp(x))                                        →  Softplus(x), when asked for
     x · tanh(softplus(x))                                  →  Mish(x)
 
-Factors may stand anywhere in the product.
+Factors may stand anywhere in the product. Softplus cannot overflow as its spelling can, but onnxruntime takes several
+times as long for it, so it is left as it is by default.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mmopt.transforms.canonicalize.editing import is_onnx
-from mmopt.transforms.canonicalize.rewriting import Rewriter
+from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule
 from mmopt.transforms.raising.algebra import Gate, affines, ancestors, gate, near, polynomial, scalar
 from mmopt.transforms.raising.building import Builder, sole_user
 from mmopt.transforms.raising.rules import RaisingPass, RaisingRule
@@ -151,15 +152,25 @@ RULES = (
     RaisingRule("gelu-tanh", ("Tanh",), _gelu_tanh, "0.5 · x · (1 + tanh(√(2/π) (x + 0.044715 x³)))", "Gelu"),
     RaisingRule("swish", ("Sigmoid",), _swish, "x · sigmoid(a x), from opset 24 on", "Swish"),
     RaisingRule("hard-swish", ("Clip", "HardSigmoid"), _hard_swish, "x · min(max(x + 3, 0), 6) / 6", "HardSwish"),
-    RaisingRule("softplus", ("Log",), _softplus, "log(1 + exp(x))", "Softplus"),
+    RaisingRule("softplus", ("Log",), _softplus, "log(1 + exp(x)), with the option softplus", "Softplus"),
     RaisingRule("mish", ("Tanh",), _mish, "x · tanh(softplus(x))", "Mish"),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class RaiseActivations(RaisingPass):
-    """Lifts activations into the standard's operators."""
+    """Lifts activations into the standard's operators.
+
+    Attributes:
+        softplus: Whether Softplus is lifted too.
+    """
+
+    softplus: bool = False
 
     def raising_rules(self) -> tuple[RaisingRule, ...]:
         """The rules of this module."""
         return RULES
+
+    def rules(self) -> tuple[Rule, ...]:
+        """Those that are on."""
+        return tuple(rule for rule in RULES if self.softplus or rule.name != "softplus")
