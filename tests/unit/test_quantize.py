@@ -121,6 +121,7 @@ class TestStatic:
         assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (2, 4)
         kinds = {v.name: v.dtype for v in module.graph.initializers.values() if v.uses()}
         assert kinds["w_quantized"] == ir.DataType.INT8
+        assert "w" not in module.graph.initializers
         assert [remark.node for remark in context.remarks if remark.kind == "missed"] == ["Gemm_5"]
         assert "its result leaves the model" in context.remarks[0].message
         assert "4 given samples" in context.remarks[-1].message

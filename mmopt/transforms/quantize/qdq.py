@@ -62,7 +62,10 @@ class Quantizer:
             graph.insert_before(first, [node, wide])
 
     def constant(self, value: ir.Value, integers: Array, encoding: Encoding, users: Iterable[ir.Node]) -> None:
-        """Have ``users`` read the constant ``value`` as ``integers`` that a DequantizeLinear widens."""
+        """Have ``users`` read the constant ``value`` as ``integers`` that a DequantizeLinear widens.
+
+        The constant itself goes when nothing else reads it.
+        """
         users = list(users)
         graph = users[0].graph
         assert graph is not None
@@ -74,6 +77,8 @@ class Quantizer:
         graph.insert_before(users[0], wide)
         for user in users:
             redirect(user, value, wide.outputs[0])
+        if not value.uses() and value.is_initializer() and not value.is_graph_input() and value.graph is not None:
+            del value.graph.initializers[str(value.name)]
 
     def _parameters(self, graph: ir.Graph, value: ir.Value, encoding: Encoding) -> list[ir.Value]:
         name = self._names.fresh(f"{value.name}_scale")
