@@ -26,6 +26,7 @@ from mmopt.backends.cpu.kernels.winograd_transform import transform_filters
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.conv_narrow import known_widened, narrow_convolution
+from mmopt.lowering.ops.conv_transpose import in_phases
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value, plain_view, static_shape
 
@@ -265,7 +266,7 @@ def _generic(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
 
 @lowers("ConvTranspose")
 def conv_transpose(node: OpNode) -> Value:
-    """The adjoint of a convolution, as a convolution of the input with zeros put between its elements."""
+    """The adjoint of a convolution: in phases, or as a convolution of the input with zeros put between its elements."""
     x, w, bias = node.input(0), known_widened(node.input(1)), node.optional(2)
     kernel = static_shape(w.shape[2:], "kernel")
     rank, groups = len(kernel), node.attr("group", 1)
@@ -274,11 +275,42 @@ def conv_transpose(node: OpNode) -> Value:
     reach = [(k - 1) * d for k, d in zip(kernel, dilations, strict=True)]
     extra = node.attr("output_padding") or [0] * rank
     begin, end = _transposed_pads(node, x.shape[2:], strides, reach, extra)
+    if (made := _phases(node, x, w, bias, groups, (strides, dilations), begin, end, extra)) is not None:
+        return made
     spread = _spread(node, x, strides)
     window = Window(kernel, (1,) * rank, dilations)
     before = tuple(simplify(index(r) - b) for r, b in zip(reach, begin, strict=True))
     after = tuple(simplify(index(r + o) - e) for r, o, e in zip(reach, extra, end, strict=True))
     return convolve(node, spread, _adjoint_filter(node, w, groups), bias, groups, Geometry(window, before, after))
+
+
+def _phases(
+    node: OpNode,
+    x: Value,
+    w: Value,
+    bias: Value | None,
+    groups: int,
+    steps: tuple[tuple[int, ...], tuple[int, ...]],
+    begin: Sequence[Expr],
+    end: Sequence[Expr],
+    extra: Sequence[int],
+) -> Value | None:
+    """A transposed convolution in phases, where that is possible; see :mod:`mmopt.lowering.ops.conv_transpose`."""
+    strides, dilations = steps
+    usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and static(x.shape[1]) is not None
+    if not usable or groups != 1 or set(dilations) != {1} or set(strides) == {1}:
+        return None
+    if 0 in static_or_one((*w.shape, *x.shape)):
+        return None
+    sizes = zip(x.shape[2:], strides, w.shape[2:], extra, begin, end, strict=True)
+    out = [simplify((e - 1) * s + k + o - b - c) for e, s, k, o, b, c in sizes]
+
+    def plain(x: Value, w: Value, kernel: tuple[int, ...], before: list[Expr], after: list[Expr]) -> Value:
+        ones = (1,) * len(kernel)
+        shape = Geometry(Window(kernel, ones, ones), tuple(before), tuple(after))
+        return convolve(node, x, w, None, 1, shape)
+
+    return in_phases(node, x, w, bias, strides, begin, out, plain)
 
 
 def _transposed_pads(
