@@ -14,6 +14,9 @@ FEW = 3
 WEIGHT_CYCLES = 9.0
 """A vector of scores on its way to weights: maximum, difference, exponential, sum."""
 
+TILE_CYCLES = 350.0
+"""What a tile costs for a block of keys, whatever its size, for every vector of rows."""
+
 FEW_KEYS = 512
 """Keys of a block where scores are dot products."""
 
@@ -63,7 +66,9 @@ def step_cycles(rows: int, vectors: int) -> float:
 
     Two multiply-adds or two loads a cycle, a result can be used again after four, and loads get in the way a little.
     """
-    return max(rows * vectors / 2, 4.0) + 0.06 * (rows + vectors) if rows and vectors else 0.0
+    if not rows or not vectors:
+        return 0.0
+    return max(rows * vectors / 2, (rows + vectors) / 2, 4.0) + 0.12 * (rows + vectors)
 
 
 def value_tile(profile: Profile, rows: int, vectors: int) -> tuple[int, int]:
@@ -201,7 +206,9 @@ class Problem:
         """Predicted cycles on one core: two multiply-adds or two loads a cycle, four cycles until a result is back."""
         queries, keys = typical(self.queries) * self.sharing, typical(self.keys)
         groups = typical(self.batch, 1) * self.heads
-        tiles, blocks = -(-queries // blocking.rows), -(-keys // blocking.keys)
+        # Sizes that are not known are no reason to like the tiles that happen to fit a typical one.
+        tiles = queries / blocking.rows if self.rows is None else -(-queries // blocking.rows)
+        blocks = -(-keys // blocking.keys)
         score_vectors = -(-keys // lanes)
         value_vectors = -(-self.value_size // lanes)
         if not blocking.packed:
@@ -217,7 +224,7 @@ class Problem:
         for count, vectors in ((value_vectors // wide, wide), (1, value_vectors % wide)):
             each = blocking.rows // height * step_cycles(height, vectors)
             products += count * keys * (each + step_cycles(blocking.rows % height, vectors))
-        carried = blocks * blocking.rows * (20.0 + 2 * value_vectors)
+        carried = blocks * (TILE_CYCLES * -(-blocking.rows // lanes) + blocking.rows * (10.0 + 2 * value_vectors))
         tile = scores + products + carried + blocking.rows * score_vectors * WEIGHT_CYCLES
         chunks = -(-queries // blocking.chunk)
         packing = chunks * score_vectors * lanes * (0.4 * self.size + 2.0 * value_vectors)

@@ -176,8 +176,8 @@ class Task:
         most, known = self.blocking.rows, static(self.count)
         if known is not None:
             full, rest = divmod(known, most)
-            last = body(i64(full * most), rest) if rest else None
-            return seq(loop(full, lambda t: body(t * most, most), name="tile"), last)
+            whole = loop(full, lambda t: body(t * most, most), name="tile")
+            return seq(whole, body(i64(full * most), rest) if rest else None)
         smaller = [rows for rows in REST if rows < most]
         # What a smaller tile cannot hold gets a full one.
         room = most - 1 - (smaller[0] if smaller else 0)
@@ -352,12 +352,14 @@ class Tile:
         if not self.blocking.packed:
             return loop(self.keys, lambda j: loop(self.rows, lambda i: self._dot(i, j), name="i"), name="j")
         vectors, panel, known = self.blocking.vectors, self.task.panel, static(self.keys)
-        if known is None:
-            count = tirx.floordiv(self.keys + (panel - 1), i64(panel))
-            return loop(count, lambda p: self._panel(p, vectors), name="panel")
-        full, rest = divmod(-(-known // self.lanes), vectors)
-        last = self._panel(i64(full), rest) if rest else None
-        return seq(loop(full, lambda p: self._panel(p, vectors), name="panel"), last)
+        if known is not None:
+            full, rest = divmod(-(-known // self.lanes), vectors)
+            wide = loop(full, lambda p: self._panel(p, vectors), name="panel")
+            return seq(wide, self._panel(i64(full), rest) if rest else None)
+        half = -(-vectors // 2) if vectors > 1 else 0  # what half a panel can hold gets no more
+        count = simplify(tirx.floordiv(self.keys + (panel - 1 - half * self.lanes), i64(panel)))
+        last = when(count * panel < self.keys, self._panel(count, half)) if half else None
+        return seq(loop(count, lambda p: self._panel(p, vectors), name="panel"), last)
 
     def _panel(self, panel: Expr, vectors: int) -> Stmt:
         task, lanes = self.task, self.lanes
