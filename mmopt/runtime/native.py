@@ -22,6 +22,9 @@ from mmopt.runtime.tensors import Array, Converter, aligned_empty
 _CPU, _DEVICE_ID, _POOLED = 1, 0, 2
 _SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore of TVM: no thread is bound to one core
 
+STAGED = 1 << 18
+"""Bytes of the largest input that is copied to memory of the session instead of wrapped where it lies."""
+
 T = TypeVar("T")
 
 
@@ -72,7 +75,8 @@ class _Machine:
         self._module = module
         self._functions: dict[str, Any] = {}
         self.clock = clock
-        self.weights: dict[tuple[bool, tuple[str, ...]], Any] = {}
+        self.weights: dict[str, Any] = {}
+        self.staged: dict[tuple[str, int], tuple[Array, Any]] = {}
         self.workspace = aligned_empty(0)
 
     def function(self, name: str) -> Any:
@@ -114,8 +118,7 @@ class NativeEngine:
         Raises:
             BackendError: The function failed.
         """
-        arguments = [self.convert.to_tvm(v) if isinstance(v, np.ndarray) else v for v in values]
-        return self._pool_size.call(lambda: self._invoke(segment, arguments))
+        return self._pool_size.call(lambda: self._invoke(segment, values))
 
     @contextlib.contextmanager
     def clocked(self, kernels: int) -> Iterator[Array]:
@@ -137,8 +140,12 @@ class NativeEngine:
             with self._lock:
                 self._idle = kept
 
-    def _invoke(self, segment: Segment, arguments: list[Any]) -> list[Any]:
+    def _invoke(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
         machine = self._acquire()
+        arguments = [
+            self._argument(segment, machine, position, value) if isinstance(value, np.ndarray) else value
+            for position, value in enumerate(values)
+        ]
         if segment.params or segment.table:
             arguments.append(self._param_array(segment, machine))
         try:
@@ -156,9 +163,21 @@ class NativeEngine:
         with self._lock:
             return self._idle.pop() if self._idle else _Machine(self._load_vm())
 
+    def _argument(self, segment: Segment, machine: _Machine, position: int, value: Array) -> Any:
+        """An input as a TVM tensor. Small ones are copied to one that is there already, which takes least time."""
+        if not segment.fresh or value.nbytes > STAGED or not value.size or value.dtype.isbuiltin != 1:
+            return self.convert.to_tvm(value)
+        array, tensor = machine.staged.get((segment.function, position), (None, None))
+        if array is None or array.shape != value.shape or array.dtype != value.dtype:
+            array = aligned_empty(value.nbytes).view(value.dtype.newbyteorder("=")).reshape(value.shape)
+            tensor = self.convert.to_tvm(array)
+            machine.staged[segment.function, position] = array, tensor
+        np.copyto(array, value)
+        return tensor
+
     def _param_array(self, segment: Segment, machine: _Machine) -> Any:
         """The last argument of the segment's function, with memory that belongs to ``machine``."""
-        key = (segment.table, segment.params)
+        key = segment.function
         if key not in machine.weights:
             with self._lock:
                 tensors = [self._tensor(name) for name in segment.params]

@@ -7,11 +7,13 @@ import itertools
 import pathlib
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
 from mmopt.backends.cpu.arena import ALIGNMENT, Block, aligned, arrange, share
+from mmopt.errors import UserError
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import compile_module
 from mmopt.runtime import load_artifact
@@ -161,3 +163,31 @@ def test_weights_are_read_where_they_lie(tmp_path: pathlib.Path) -> None:
     model = model_of(nodes, {"x": data(8, 8)}, ["y"], {"w": w})
     assert numpy_helper.to_array(model.graph.initializer[0]).shape == (8, 8)
     check([Example("shared", model, {"x": data(8, 8)})], WIDEST)
+
+
+def test_inputs_are_taken_as_they_are_in_every_form(tmp_path: pathlib.Path) -> None:
+    """Small ones are copied to memory of the session, large ones used where they lie; neither is seen by the next."""
+    example, _ = deep(2)
+    with load_artifact(artifact(tmp_path, example), threads=1) as session:
+        x = example.feeds["x"]
+        want = session.run({"x": x})["h1"]
+        np.testing.assert_array_equal(session.run({"x": np.asfortranarray(x)})["h1"], want)
+        np.testing.assert_array_equal(session.run({"x": np.repeat(x, 2, axis=1)[:, ::2]})["h1"], want)
+        unaligned = np.empty(x.nbytes + 4, np.uint8)[4:].view(np.float32).reshape(x.shape)
+        unaligned[...] = x
+        assert not session.run({"x": x * 0})["h1"].any()
+        np.testing.assert_array_equal(session.run({"x": unaligned})["h1"], want)
+        with pytest.raises(UserError, match="dtype float64"):
+            session.run({"x": x.astype(np.float64)})
+        with pytest.raises(UserError, match="shape"):
+            session.run({"x": x[:3]})
+        with pytest.raises(UserError, match="no input"):
+            session.run({"y": x})
+
+
+def test_results_of_two_calls_are_apart(tmp_path: pathlib.Path) -> None:
+    example, _ = deep(1)
+    with load_artifact(artifact(tmp_path, example), threads=1) as session:
+        results = [session.run({"x": example.feeds["x"] * n})["h0"] for n in range(4)]
+        for n, result in enumerate(results):
+            np.testing.assert_allclose(result, results[1] * n, atol=1e-5)
