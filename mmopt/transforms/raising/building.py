@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ class Unbuildable(Exception):
 
 
 class Builder:
-    """Puts nodes before one node of a graph.
+    """Puts nodes before one node of a graph; used in a ``with`` block, what it made is gone after :class:`Unbuildable`.
 
     Args:
         rewriter: What is at work.
@@ -31,6 +32,22 @@ class Builder:
 
     def __init__(self, rewriter: Rewriter, before: ir.Node, witnesses: Iterable[ir.Value] = ()) -> None:
         self.rewriter, self.before, self.witnesses = rewriter, before, list(witnesses)
+        self._nodes: list[ir.Node] = []
+        self._constants: list[ir.Value] = []
+
+    def __enter__(self) -> Builder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        if not isinstance(error, Unbuildable):
+            return
+        for node in reversed(self._nodes):
+            self.rewriter.drop(node)
+        for value in self._constants:
+            if self.before.graph is not None and value.name is not None:
+                self.before.graph.initializers.pop(value.name)
 
     def shape(self, value: ir.Value) -> tuple[Size, ...]:
         """Shape of ``value``.
@@ -54,7 +71,8 @@ class Builder:
     ) -> ir.Value:
         """The output of a new node of the default domain."""
         attrs = [ir.convenience.convert_attribute(name, value) for name, value in attributes.items()]
-        output = self.rewriter.emit(op_type, inputs, self.before, attributes=attrs).outputs[0]
+        self._nodes.append(self.rewriter.emit(op_type, inputs, self.before, attributes=attrs))
+        output = self._nodes[-1].outputs[0]
         output.type = None if dtype is None else ir.TensorType(dtype)
         output.shape = to_ir_shape(tuple(shape))
         kind = None if dtype is None else ir.TensorType(dtype)
@@ -67,7 +85,8 @@ class Builder:
         if graph is None:
             raise ValueError(f"node {self.before.name!r} is in no graph")
         base = f"{self.before.outputs[0].name}_{name}"
-        return new_initializer(graph, ir.tensor(array), self.rewriter.names.fresh(base))
+        self._constants.append(new_initializer(graph, ir.tensor(array), self.rewriter.names.fresh(base)))
+        return self._constants[-1]
 
     def ints(self, numbers: Sequence[int], name: str = "shape") -> ir.Value:
         """A vector of integers."""

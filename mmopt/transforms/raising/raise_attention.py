@@ -143,15 +143,15 @@ def _emit(node: ir.Node, match: Match, operands: _Operands, rewriter: Rewriter) 
     if found is None or dtype is None:
         raise Unbuildable("batch and heads of the result cannot be told apart")
     layout, axes = found
-    mask = write_mask(match, operands.heads, builder, dtype)
-    inputs: list[ir.Value | None] = [view.write(builder, operands.rank) for view in operands.views]
-    if mask.value is not None:
-        inputs.append(mask.value)
-    sizes: list[Size] = [extent(group) for group in axes]
-    attributes = _attributes(match, operands, mask.causal, dtype)
-    result = builder.node("Attention", inputs, sizes, dtype, **attributes)
-    final = rearranged(builder, result, Layout(axes), layout.groups)
-    return rewriter.replace(last, final)
+    with builder:
+        mask = write_mask(match, operands.heads, builder, dtype)
+        inputs: list[ir.Value | None] = [view.write(builder, operands.rank) for view in operands.views]
+        if mask.value is not None:
+            inputs.append(mask.value)
+        sizes: list[Size] = [extent(group) for group in axes]
+        attributes = _attributes(match, operands, mask.causal, dtype)
+        result = builder.node("Attention", inputs, sizes, dtype, **attributes)
+        return rewriter.replace(last, rearranged(builder, result, Layout(axes), layout.groups))
 
 
 def _attributes(match: Match, operands: _Operands, causal: bool, dtype: ir.DataType) -> dict[str, Any]:
@@ -235,18 +235,18 @@ def _replace(node: ir.Node, operands: _Operands, whole: Layout, rewriter: Rewrit
     if found is None:
         return False
     layout, axes = found
-    builder = Builder(rewriter, node, [value for value in node.inputs[:3] if value is not None])
-    inputs = [*(view.write(builder, operands.rank) for view in operands.views), *node.inputs[3:4]]
     size = extent(operands.views[0].feature)
-    attributes = {name: a.value for name, a in node.attributes.items() if name not in ("scale", *_HEADS)}
     given = node.attributes.get("scale")
     scale = given.as_float() if given is not None else float(size) ** -0.5 if isinstance(size, int) else None
     if scale is None or not finite(scale * operands.factor) or scale * operands.factor <= 0:
         return False
+    attributes = {name: a.value for name, a in node.attributes.items() if name not in ("scale", *_HEADS)}
     attributes.update(scale=scale * operands.factor, **_head_attributes(operands))
     dtype = rewriter.dtype(node.outputs[0])
-    result = builder.node("Attention", inputs, [extent(group) for group in axes], dtype, **attributes)
-    return rewriter.replace(node, rearranged(builder, result, Layout(axes), layout.groups))
+    with Builder(rewriter, node, [value for value in node.inputs[:3] if value is not None]) as builder:
+        inputs = [*(view.write(builder, operands.rank) for view in operands.views), *node.inputs[3:4]]
+        result = builder.node("Attention", inputs, [extent(group) for group in axes], dtype, **attributes)
+        return rewriter.replace(node, rearranged(builder, result, Layout(axes), layout.groups))
 
 
 _HEADS = ("q_num_heads", "kv_num_heads")

@@ -85,18 +85,18 @@ def _emit(product: ir.Node, rows: _Rows, epsilon: float, centred: bool, rewriter
     bias = None
     if centred:
         last, bias = _operand(last, "Add", rows, rewriter)
-    builder = Builder(rewriter, last)
     dtype = rewriter.dtype(rows.data)
     if dtype is None or rewriter.dtype(last.outputs[0]) != dtype:
         raise Unbuildable("operand and result have different types")
-    if scale is None:
-        scale = builder.constant(np.ones(rows.width, dtype=dtype.numpy()), "scale")
-    shape = builder.shape(rows.data)
-    inputs = [rows.data, _shaped(scale, rows, builder)]
-    inputs += [] if bias is None else [_shaped(bias, rows, builder)]
     operator = "LayerNormalization" if centred else "RMSNormalization"
-    axis = rows.axis - len(shape)
-    return rewriter.replace(last, builder.node(operator, inputs, shape, dtype, axis=axis, epsilon=epsilon))
+    with Builder(rewriter, last) as builder:
+        if scale is None:
+            scale = builder.constant(np.ones(rows.width, dtype=dtype.numpy()), "scale")
+        shape = builder.shape(rows.data)
+        inputs = [rows.data, _shaped(scale, rows, builder)]
+        inputs += [] if bias is None else [_shaped(bias, rows, builder)]
+        axis = rows.axis - len(shape)
+        return rewriter.replace(last, builder.node(operator, inputs, shape, dtype, axis=axis, epsilon=epsilon))
 
 
 def _operand(node: ir.Node, op_type: str, rows: _Rows, rewriter: Rewriter) -> tuple[ir.Node, ir.Value | None]:

@@ -40,12 +40,13 @@ class _Part:
 
 @dataclasses.dataclass(frozen=True)
 class _Rotation:
-    """What is rotated by which tables."""
+    """What is rotated by which tables: ``data``, or a ``part`` of it."""
 
     data: ir.Value
     cosine: ir.Value
     sine: ir.Value
     interleaved: bool
+    part: _Part | None = None
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
@@ -76,12 +77,26 @@ def _part(value: ir.Value | None, rewriter: Rewriter) -> _Part | None:
     return _Part(node.inputs[0], start, size, steps[0]) if steps[0] > 0 else None
 
 
+def _region(value: ir.Value | None, rewriter: Rewriter) -> _Part | None:
+    """Which part of what ``value`` is; the whole of itself where it is no part."""
+    shape = rewriter.shape(value)
+    if value is None or not shape or not isinstance(shape[-1], int):
+        return None
+    part = _part(value, rewriter)
+    if part is None:
+        return _Part(value, 0, shape[-1])
+    around = _region(part.value, rewriter)
+    if around is None or around.step != 1:
+        return part
+    return _Part(around.value, around.start + part.start, part.size, part.step)
+
+
 def _negated(value: ir.Value | None) -> ir.Value | None:
     node = None if value is None else value.producer()
     return node.inputs[0] if node is not None and is_onnx(node, "Neg") else None
 
 
-def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[ir.Value, bool] | None:
+def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, bool] | None:
     """``(x, interleaved)`` where ``value`` is ``x`` with pairs exchanged and the first of each negated."""
     node = None if value is None else value.producer()
     interleaved = False
@@ -99,10 +114,11 @@ def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[ir.Value,
     turned = _negated(first)
     if turned is None and interleaved:
         turned = _unsqueezed(_negated(node.inputs[0]))
-    parts = _part(turned, rewriter), _part(second, rewriter)
-    if parts[0] is None or parts[1] is None or parts[0].value is not parts[1].value:
+    parts = _region(turned, rewriter), _region(second, rewriter)
+    if parts[0] is None or parts[1] is None:
         return None
-    return (parts[0].value, interleaved) if _are_pairs(parts[1], parts[0], interleaved, rewriter) else None
+    whole = _joined(parts[1], parts[0], interleaved)
+    return None if whole is None else (whole, interleaved)
 
 
 def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
@@ -113,13 +129,13 @@ def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _are_pairs(first: _Part, second: _Part, interleaved: bool, rewriter: Rewriter) -> bool:
-    width = (rewriter.shape(first.value) or (None,))[-1]
-    if not isinstance(width, int) or width % 2 or first.size != width // 2 or second.size != width // 2:
-        return False
-    if interleaved:
-        return (first.start, second.start, first.step, second.step) == (0, 1, 2, 2)
-    return (first.start, second.start, first.step, second.step) == (0, width // 2, 1, 1)
+def _joined(first: _Part, second: _Part, interleaved: bool) -> _Part | None:
+    """The part that two halves, or all even and all odd features, make up."""
+    step, apart = (2, 1) if interleaved else (1, first.size)
+    fits = first.step == second.step == step and first.size == second.size
+    if first.value is not second.value or not fits or second.start != first.start + apart:
+        return None
+    return _Part(first.value, first.start, 2 * first.size)
 
 
 def _sum_of_products(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
@@ -133,11 +149,11 @@ def _sum_of_products(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
         for position in (0, 1):
             found = _rotated_half(turned.inputs[position], rewriter)
             sine = turned.inputs[1 - position]
-            if found is None or sine is None or found[0] not in plain.inputs:
+            if found is None or sine is None:
                 continue
-            cosine = plain.inputs[1] if plain.inputs[0] is found[0] else plain.inputs[0]
-            if cosine is not None:
-                return _Rotation(found[0], cosine, sine, found[1])
+            for data, cosine in (plain.inputs, plain.inputs[::-1]):
+                if data is not None and cosine is not None and _region(data, rewriter) == found[0]:
+                    return _Rotation(data, cosine, sine, found[1])
     return None
 
 
@@ -230,7 +246,9 @@ def _rotate(node: ir.Node, rewriter: Rewriter) -> bool:
     if found is None:
         return False
     shape = rewriter.shape(found.data)
-    if shape is None or len(shape) != 4 or None in shape or not rewriter.same_shape(found.data, node.outputs[0]):
+    if shape is not None and found.part is not None:
+        shape = (*shape[:-1], found.part.size)
+    if shape is None or len(shape) != 4 or None in shape or shape != rewriter.shape(node.outputs[0]):
         return rewriter.miss(node, "rotary embedding: its operand is not [batch, heads, sequence, size].")
     whole = node.op_type == "Add"
     for table in (found.cosine, found.sine):
@@ -254,12 +272,14 @@ def _two_halves(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
     if kept is None or taken is None or None in others:
         return None
     (first, cosine), (second, sine) = kept, taken
-    if first.value is not second.value or not _are_pairs(first, second, False, rewriter):
+    whole = _joined(first, second, False)
+    if whole is None:
         return None
     wanted = {(second.start, cosine), (first.start, sine)}
     if {(part.start, table) for part, table in (o for o in others if o is not None)} != wanted:
         return None
-    return _Rotation(first.value, cosine, sine, False)
+    part = None if whole.size == (rewriter.shape(whole.value) or (None,))[-1] else whole
+    return _Rotation(whole.value, cosine, sine, False, part)
 
 
 def _product(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, ir.Value] | None:
@@ -268,29 +288,30 @@ def _product(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, ir.Valu
     if node is None or not is_onnx(node, "Mul"):
         return None
     for position in (0, 1):
-        part, table = _part(node.inputs[position], rewriter), node.inputs[1 - position]
-        if part is not None and table is not None:
+        part, table = _region(node.inputs[position], rewriter), node.inputs[1 - position]
+        if part is not None and table is not None and part.value is not node.inputs[position]:
             return part, table
     return None
 
 
 def _emit(node: ir.Node, found: _Rotation, whole: bool, rewriter: Rewriter) -> bool:
     projection = _projection(found.data, rewriter)
-    data = found.data if projection is None else projection
-    builder = Builder(rewriter, node, [data, found.cosine, found.sine])
-    batch, heads, length, size = builder.shape(found.data)
-    tables = []
-    for value in (found.cosine, found.sine):
-        if whole:
-            tables.append(_table(value, found, (batch, length), builder))
-        else:
-            tables.append(_rows(value, (batch, length), builder))
-    attributes = {"interleaved": 1} if found.interleaved else {}
-    shape = (batch, heads, length, size)
-    inputs = [found.data, *tables]
-    return rewriter.replace(
-        node, builder.node("RotaryEmbedding", inputs, shape, rewriter.dtype(found.data), **attributes)
-    )
+    witness = found.data if projection is None else projection
+    with Builder(rewriter, node, [witness, found.cosine, found.sine]) as builder:
+        batch, heads, length, size = builder.shape(node.outputs[0])
+        tables = []
+        for value in (found.cosine, found.sine):
+            if whole:
+                tables.append(_table(value, found, (batch, length), builder))
+            else:
+                tables.append(_rows(value, (batch, length), builder))
+        attributes = {"interleaved": 1} if found.interleaved else {}
+        data, dtype, shape = found.data, rewriter.dtype(found.data), (batch, heads, length, size)
+        if found.part is not None:
+            ends = (found.part.start, found.part.start + found.part.size, -1, 1)
+            data = builder.node("Slice", [data, *(builder.ints([n], "bound") for n in ends)], shape, dtype)
+        result = builder.node("RotaryEmbedding", [data, *tables], shape, dtype, **attributes)
+        return rewriter.replace(node, result)
 
 
 def _rows(value: ir.Value, sizes: tuple[Size, Size], builder: Builder) -> ir.Value:
@@ -318,10 +339,10 @@ def _partial(node: ir.Node, rewriter: Rewriter) -> bool:
         return False
     turned, kept = node.inputs
     rotation = None if turned is None else turned.producer()
-    rest = _part(kept, rewriter)
+    rest = _region(kept, rewriter)
     if rotation is None or not is_onnx(rotation, "RotaryEmbedding") or rest is None or turned is None:
         return False
-    part = _part(rotation.inputs[0], rewriter)
+    part = _region(rotation.inputs[0], rewriter)
     shape = rewriter.shape(rest.value)
     if part is None or part.value is not rest.value or shape is None or len(shape) != 4 or None in shape:
         return False
@@ -345,15 +366,15 @@ def _flat(node: ir.Node, rewriter: Rewriter) -> bool:
     if projection is None or shape is None or None in shape or not isinstance(shape[1], int):
         return False
     batch, heads, length, size = (s for s in shape if s is not None)
-    builder = Builder(rewriter, node, [projection])
+    attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+    attributes["num_heads"] = heads
+    dtype, whole = rewriter.dtype(data), (batch, length, heads * size)
     try:
-        flat = builder.reshape(projection, [batch, length, heads * size])
-        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
-        attributes["num_heads"] = heads
-        dtype, whole = rewriter.dtype(data), (batch, length, heads * size)
-        turned = builder.node("RotaryEmbedding", [flat, *node.inputs[1:]], whole, dtype, **attributes)
-        apart = builder.reshape(turned, [batch, length, heads, size])
-        return rewriter.replace(node, builder.transpose(apart, [0, 2, 1, 3]))
+        with Builder(rewriter, node, [projection]) as builder:
+            flat = builder.reshape(projection, whole)
+            turned = builder.node("RotaryEmbedding", [flat, *node.inputs[1:]], whole, dtype, **attributes)
+            apart = builder.reshape(turned, [batch, length, heads, size])
+            return rewriter.replace(node, builder.transpose(apart, [0, 2, 1, 3]))
     except Unbuildable:
         return False
 
