@@ -287,3 +287,29 @@ def test_no_rotary(case: str) -> None:
     module, missed = raise_and_check(RaiseRotary(), made)
     assert "RotaryEmbedding" not in count_ops(module)
     assert any(reason in said for _, said in missed) or not reason
+
+
+_CUTS = (
+    "n0 = Constant<value_ints=[0]>() n2 = Constant<value_ints=[2]>() n4 = Constant<value_ints=[4]>() "
+    "n8 = Constant<value_ints=[8]>() x1 = Slice(x, n0, n2, last) x2 = Slice(x, n2, n4, last) "
+    "rest = Slice(x, n4, n8, last) "
+)
+PARTS = {
+    "two halves": "c = Cos(angle) s = Sin(angle) a = Mul(x1, c) d = Mul(x2, s) e = Mul(x2, c) f = Mul(x1, s) "
+    "h = Sub(a, d) k = Add(e, f) turned = Concat<axis=-1>(h, k) ",
+    "sum": "part = Slice(x, n0, n4, last) t0 = Concat<axis=-1>(angle, angle) c = Cos(t0) s = Sin(t0) n = Neg(x2) "
+    "r = Concat<axis=-1>(n, x1) p = Mul(part, c) q = Mul(r, s) turned = Add(p, q) ",
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_rotary_of_a_part_in_slices_of_the_whole(case: str) -> None:
+    made = model(
+        _CUTS + PARTS[case] + "y = Concat<axis=-1>(turned, rest)",
+        inputs=_HEADS + ", float[5, 2] angle",
+        result="float[2, 3, 5, 8] y",
+    )
+    module, missed = raise_and_check(RaiseRotary(), made)
+    (node,) = [n for n in module.graph if n.op_type == "RotaryEmbedding"]
+    assert node.inputs[0] is module.graph.inputs[0], missed
+    assert node.attributes["rotary_embedding_dim"].as_int() == 4
