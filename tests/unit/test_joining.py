@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import itertools
+import os
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -191,3 +194,26 @@ def test_results_of_two_calls_are_apart(tmp_path: pathlib.Path) -> None:
         results = [session.run({"x": example.feeds["x"] * n})["h0"] for n in range(4)]
         for n, result in enumerate(results):
             np.testing.assert_allclose(result, results[1] * n, atol=1e-5)
+
+
+def test_threads_sleep_soon_after_a_run(tmp_path: pathlib.Path) -> None:
+    """In a process of its own, for the pool asks once how long to look for work."""
+    x = data(256, 512)
+    model = model_of([node("MatMul", "x w", "y")], {"x": x}, ["y"], {"w": data(512, 512)})
+    path = artifact(tmp_path, Example("product", model, {"x": x}))
+    program = """
+import sys, time
+import numpy as np
+from mmopt.runtime import load_artifact
+with load_artifact(sys.argv[1], threads=2) as session:
+    idle = []
+    for _ in range(5):
+        session.run({"x": np.ones((256, 512), np.float32)})
+        before = time.process_time()
+        time.sleep(0.2)
+        idle.append(time.process_time() - before)
+print(min(idle))
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TVM_THREAD_POOL_SPIN_COUNT"}
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, env=environment)
+    assert float(done.stdout) < 0.01, done.stderr
