@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from mmopt.transforms.quantize.migrate_scales import EqualizeLayers, ProtectWeights, SmoothActivations
+from mmopt.transforms.quantize.equalize_layers import EqualizeLayers
+from mmopt.transforms.quantize.protect_weights import ProtectWeights
 from mmopt.transforms.quantize.quantize import Quantize
 from mmopt.transforms.quantize.quantize_dynamic import QuantizeDynamic
 from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
+from mmopt.transforms.quantize.smooth_activations import SmoothActivations
 
 __all__ = [
     "EqualizeLayers",
