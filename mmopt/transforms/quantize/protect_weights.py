@@ -17,6 +17,7 @@ from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import Array
 from mmopt.transforms.quantize.calibrating import calibration_of
+from mmopt.transforms.quantize.encoding import encode_weight
 from mmopt.transforms.quantize.gptq import output_error
 from mmopt.transforms.quantize.layers import Layer
 from mmopt.transforms.quantize.scales import Writer, after_norms, limited, weight_of
