@@ -14,8 +14,8 @@ from mmopt.backends.compute import Map, Source, Tensor, index
 from mmopt.backends.cpu.joining import WEIGHTS
 from mmopt.backends.cpu.loops import flat_index, split_index
 from mmopt.backends.expressions import same, simplify, variables
+from mmopt.ir.expand import contradiction, instantiate, standard_body
 from mmopt.ir.module import FUSED_DOMAIN
-from mmopt.lowering.expand import contradiction, instantiate, standard_body
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.registry import OpNode, lowering_of
 from mmopt.lowering.values import (

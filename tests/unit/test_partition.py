@@ -11,7 +11,7 @@ import pytest
 
 import mmopt
 from mmopt.errors import UnsupportedError
-from mmopt.lowering.expand import contradiction, instantiate, standard_body
+from mmopt.ir.expand import contradiction, instantiate, standard_body
 from mmopt.lowering.grouping import Group, absorbed, grouped, reads
 from tests.native import compiled
 
