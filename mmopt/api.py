@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mmopt.autotune.runner import Budget, TuningReport
     from mmopt.backends.cpu.choosing import Chooser
     from mmopt.backends.profile import Profile
+    from mmopt.evaluation import Evaluation
     from mmopt.pipeline.base import Pass
     from mmopt.pipeline.manager import Progress
     from mmopt.pipeline.recipe import Recipe
@@ -121,6 +122,7 @@ def optimize(
     samples: dict[str, np.ndarray[Any, Any]] | Literal["random"] | None = None,
     validate: str | None = None,
     strict: bool | None = None,
+    evaluation: Evaluation | None = None,
     seed: int | None = None,
     threads: int = 0,
     dump_dir: str | os.PathLike[str] | None = None,
@@ -143,6 +145,7 @@ def optimize(
             the module, its report and every artifact of it say so.
         validate: ``each``, ``end`` or ``off``; what the recipe says, or ``each``, when None.
         strict: A pass that fails its validation is an error; what the recipe says, or False, when None.
+        evaluation: How the task judges a model (:func:`mmopt.evaluation.load_evaluation`), for passes that ask.
         seed: Seed of everything random; what the recipe says, or 0, when None.
         threads: Threads of the reference runtime; 0 takes all cores.
         dump_dir: Folder for the module as text after each pass.
@@ -165,6 +168,8 @@ def optimize(
         result.remark("calibration", "note", "", "the calibration samples were made up: accuracy is left to chance")
     else:
         samples_from = GIVEN
+    if evaluation is not None and not evaluation.original:
+        evaluation = evaluation.against(module, threads=threads, seed=settings["seed"])
     manager = PassManager(
         chosen.phases,
         validate=settings["validate"],
@@ -173,6 +178,7 @@ def optimize(
         inputs=inputs,
         samples=samples,
         samples_from=samples_from,
+        evaluation=evaluation,
         dump_dir=None if dump_dir is None else pathlib.Path(dump_dir),
         target=target,
         progress=progress,
@@ -271,6 +277,7 @@ def compile(
     inputs: Inputs | Sequence[Inputs] | None = None,
     tolerance: float | None = None,
     allow_mismatch: bool = False,
+    evaluation: Evaluation | None = None,
     seed: int = 0,
     report: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -289,6 +296,7 @@ def compile(
         inputs: Inputs to compare on; probes when None.
         tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
         allow_mismatch: Write the artifact even when it disagrees.
+        evaluation: How the task judges the artifact, which must keep the limits of its metrics.
         seed: Seed of the probes.
         report: Content of ``report.json``, to which the towers are added.
         config: The resolved configuration, for the manifest.
@@ -299,6 +307,7 @@ def compile(
         UnsupportedError: Something in the model runs nowhere.
         BackendError: Compiling or running failed.
         VerifyError: The artifact disagrees with the reference; nothing was written.
+        ContractError: It misses a limit of a metric; nothing was written.
     """
     from mmopt.backends.profile import load_profile
 
@@ -313,7 +322,9 @@ def compile(
     if tuning is not None:
         chooser, found = _decide({"main": module, **entries}, profile, tuning, inputs, progress)
         report = {"schema_version": 1, **(report or {}), "tuning": found}
-    check = Check(reference, inputs, tolerance, seed, allow_mismatch)
+    if evaluation is not None and not evaluation.original:
+        evaluation = evaluation.against(reference or module, seed=seed)
+    check = Check(reference, inputs, tolerance, seed, allow_mismatch, evaluation)
     built = build_artifact(
         module,
         profile,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmopt.errors import UnsupportedError, VerifyError
+from mmopt.evaluation import Evaluation, Judgement
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.module import Module
 from mmopt.runnable import OPTIMIZED, ArtifactRunnable, Inputs, ModelRunnable, unload_pages
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mmopt.backends.profile import Profile
 
 Progress = Callable[[int, int, str], None]
+_NOTHING = "no artifact was written; --allow-mismatch writes it all the same"
 _STEPS = ("lower and compile", "write", "verify", "move into place")
 
 
@@ -37,6 +39,7 @@ class CompileResult:
         checks: How each entry point agrees with the model it was made from, by name; empty when it cannot run here.
         unverified: Why it could not be verified, or "".
         tuning: What measuring its kernels found, as in ``report.json``; None when they were chosen by prediction.
+        judgement: How it does its task, when there is an evaluator.
     """
 
     path: pathlib.Path
@@ -45,6 +48,7 @@ class CompileResult:
     checks: dict[str, Verification]
     unverified: str = ""
     tuning: dict[str, Any] | None = None
+    judgement: Judgement | None = None
 
     @property
     def native(self) -> bool:
@@ -64,6 +68,7 @@ class CompileResult:
             "verified": {name: check.to_dict() for name, check in self.checks.items()},
             "unverified": self.unverified,
             "tuning": self.tuning,
+            "task": None if self.judgement is None else self.judgement.to_dict(),
         }
 
 
@@ -76,7 +81,8 @@ class Check:
         inputs: Inputs to compare on; probes when None.
         tolerance: Largest error as a fraction of an output's range; by default it follows from the number formats.
         seed: Seed of the probes.
-        allow_mismatch: Write the artifact even when it disagrees.
+        allow_mismatch: Write the artifact even when it disagrees, or misses a limit of a metric.
+        evaluation: How the task judges ``main``, when there is an evaluator.
     """
 
     reference: Module | None = None
@@ -84,6 +90,7 @@ class Check:
     tolerance: float | None = None
     seed: int = 0
     allow_mismatch: bool = False
+    evaluation: Evaluation | None = None
 
 
 def build_artifact(
@@ -116,6 +123,7 @@ def build_artifact(
         UnsupportedError: Something in the model runs nowhere.
         BackendError: Compiling or running failed.
         VerifyError: It disagrees with the reference.
+        ContractError: It misses a limit of a metric.
     """
     from mmopt.lowering.compiler import CompileOptions, compile_module
 
@@ -135,15 +143,18 @@ def build_artifact(
         unload_pages(module)
         progress(2, len(_STEPS), _STEPS[2])
         checks, unverified = _verify(writer, module, entries, check)
-        writer.add_json("verify.json", _verify_json(checks, unverified))
         if not check.allow_mismatch:
             for found in checks.values():
                 _insist(found)
+        judgement = _judge(writer, module, check)
+        if judgement is not None and not check.allow_mismatch:
+            judgement.check(_NOTHING)
+        writer.add_json("verify.json", _verify_json(checks, unverified, judgement))
         progress(3, len(_STEPS), _STEPS[3])
         manifest = writer.seal()
         writer.commit()
     size = sum(record.size for record in manifest.files.values())
-    return CompileResult(writer.output, manifest, size, checks, unverified)
+    return CompileResult(writer.output, manifest, size, checks, unverified, judgement=judgement)
 
 
 def _verify(
@@ -171,12 +182,24 @@ def _verify_entry(session: Session, name: str, entry: Module, label: str, check:
     return compare_runnables(actual, reference, seed=check.seed, tolerance=check.tolerance)
 
 
-def _verify_json(checks: Mapping[str, Verification], unverified: str) -> dict[str, Any]:
+def _judge(writer: ArtifactWriter, module: Module, check: Check) -> Judgement | None:
+    if check.evaluation is None:
+        return None
+    try:
+        session = load_artifact(writer.folder, verify_hashes="size")
+    except UnsupportedError:
+        return check.evaluation.judge_module(module, seed=check.seed)
+    with session:
+        return check.evaluation.judge(session.run)
+
+
+def _verify_json(checks: Mapping[str, Verification], unverified: str, judgement: Judgement | None) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "ok": all(check.ok for check in checks.values()) if checks else None,
         "unverified": unverified,
         "entries": {name: check.to_dict() for name, check in checks.items()},
+        **({} if judgement is None else {"task": judgement.to_dict()}),
     }
 
 
@@ -184,5 +207,4 @@ def _insist(found: Verification) -> None:
     try:
         found.check()
     except VerifyError as error:
-        hint = "no artifact was written; --allow-mismatch writes it all the same"
-        raise VerifyError(error.what, where=error.where, hint=hint) from error
+        raise VerifyError(error.what, where=error.where, hint=_NOTHING) from error

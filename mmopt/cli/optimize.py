@@ -52,6 +52,21 @@ def optimize(
             help="Quantize layer by layer; SHARE: bytes of weights that mixed may keep, of those in fp32.",
         ),
     ] = None,
+    evaluator: Annotated[
+        str | None,
+        typer.Option(
+            "--eval",
+            metavar="MODULE:FUNCTION",
+            help="Function that gets the model as a function and returns metrics; needs --trust-code.",
+        ),
+    ] = None,
+    metrics: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=-0.003|+2%|0.95..|..0.3",
+            help="Limit of a metric: how far it may fall or rise, or its bounds. Exit code 6 when missed.",
+        ),
+    ] = None,
     inputs: Annotated[
         list[pathlib.Path] | None,
         typer.Option(metavar="FILE.npz", help="Inputs to validate and measure on. Default: made from the model."),
@@ -107,6 +122,8 @@ def optimize(
             passes=(*(passes or ()), *quantization(quant)),
             precision=precision,
             calib=calib,
+            evaluator=evaluator,
+            metrics=tuple(metrics or ()),
             inputs=tuple(inputs or ()),
             shapes=tuple(shape or ()),
             modalities=tuple(modality or ()),

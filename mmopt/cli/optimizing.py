@@ -16,6 +16,7 @@ from mmopt.building import CompileResult
 from mmopt.cli.output import Output, size_text, time_text
 from mmopt.cli.speed import Speed, measure
 from mmopt.errors import UserError, VerifyError, did_you_mean
+from mmopt.evaluation import Evaluation, Judgement, load_evaluation
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module, initializer_bytes
@@ -67,6 +68,8 @@ class Request:
     allow_mismatch: bool
     trust_code: bool
     dump_dir: pathlib.Path | None
+    evaluator: str | None = None
+    metrics: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -83,6 +86,7 @@ class Outcome:
         speed: How fast, against onnxruntime.
         fallback: What does not run natively, and why.
         tuning: What -O3 measured.
+        judgement: How the result does its task, when there is an evaluator.
     """
 
     path: pathlib.Path
@@ -94,6 +98,7 @@ class Outcome:
     speed: Speed
     fallback: list[str]
     tuning: dict[str, Any] | None = None
+    judgement: Judgement | None = None
 
 
 class Job:
@@ -113,6 +118,7 @@ class Job:
         self._settings["precision"] = chosen_precision(self._recipe, request.precision)
         self._emit = _emit(request)
         self._output = _output(request, self._emit)
+        self._evaluation = evaluation(request.evaluator, request.metrics, trust_code=request.trust_code)
 
     def run(self, *, dry: bool) -> None:
         """Do it, or say what would be done."""
@@ -126,6 +132,10 @@ class Job:
         if dry:
             self._plan(original)
             return
+        if self._evaluation is not None:
+            show.say("evaluating the model as it is")
+            seed, threads = self._settings["seed"], self._settings.get("jobs", 0)
+            self._evaluation = self._evaluation.against(original, threads=threads, seed=seed)
         with show.steps("optimize") as steps:
             optimized = optimize_module(
                 original,
@@ -134,6 +144,7 @@ class Job:
                 precision=self._settings["precision"],
                 inputs=inputs,
                 samples=samples,
+                evaluation=self._evaluation,
                 validate=self._settings["validate"],
                 strict=self._settings["strict"],
                 seed=self._settings["seed"],
@@ -198,6 +209,7 @@ class Job:
                 inputs=inputs,
                 tolerance=self._request.tolerance,
                 allow_mismatch=self._request.allow_mismatch,
+                evaluation=self._evaluation,
                 seed=self._settings["seed"],
                 report=_report_json(optimized),
                 config=self._config(),
@@ -218,6 +230,7 @@ class Job:
             speed=self._measure(built, original, inputs),
             fallback=[] if built.native else built.manifest.notes,
             tuning=built.tuning,
+            judgement=built.judgement,
         )
 
     def _measure(self, built: CompileResult, original: Module, inputs: Sequence[Inputs] | None) -> Speed:
@@ -241,8 +254,11 @@ class Job:
             seed=seed,
             tolerance=self._request.tolerance,
         )
+        judgement = None if self._evaluation is None else self._evaluation.judge_module(module, seed=seed)
         if not self._request.allow_mismatch:
             check.check()
+            if judgement is not None:
+                judgement.check("nothing was written; --allow-mismatch writes it all the same")
         written = write_onnx(module, self._output)
         return Outcome(
             path=self._output,
@@ -253,6 +269,7 @@ class Job:
             unverified="",
             speed=Speed(reason="only an artifact is measured; see mmopt bench"),
             fallback=[],
+            judgement=judgement,
         )
 
     def _config(self) -> dict[str, Any]:
@@ -273,10 +290,13 @@ class Job:
                 "unverified": outcome.unverified,
                 "fallback": outcome.fallback,
                 "tuning": outcome.tuning,
+                "task": None if outcome.judgement is None else outcome.judgement.to_dict(),
             }
         )
         if outcome.check is not None and not outcome.check.ok:
             raise VerifyError("the result does not agree with the model; written because of --allow-mismatch")
+        if outcome.judgement is not None:
+            outcome.judgement.check("written because of --allow-mismatch")
 
 
 def tuning_options(
@@ -312,6 +332,8 @@ def summary(outcome: Outcome, report: PipelineReport) -> list[str]:
         lines.append(f"tuning: {summary_line(outcome.tuning)}")
     lines.append(f"speed: {_speed_text(outcome.speed)}")
     lines.append(f"exactness: {_exactness_text(outcome)}")
+    if outcome.judgement is not None:
+        lines.append(f"task: {outcome.judgement} (of the {outcome.judgement.on})")
     if outcome.fallback:
         lines.append("not native: " + "; ".join(outcome.fallback))
     lines.append(f"written: {outcome.path}")
@@ -377,6 +399,19 @@ def quantization(quant: str | None) -> list[str]:
     if preset != "mixed" or not 0 < budget <= 1:
         raise UserError(f"{quant!r} gives no budget", where="--quant", hint="for example --quant mixed=0.2")
     return [f"{Quantize.name}{{preset=mixed,budget={budget:g}}}"]
+
+
+def evaluation(evaluator: str | None, metrics: Sequence[str], *, trust_code: bool) -> Evaluation | None:
+    """What ``--eval`` and ``--metrics`` stand for.
+
+    Raises:
+        UserError: Limits without an evaluator, or an evaluator that cannot be had.
+    """
+    if evaluator is not None:
+        return load_evaluation(evaluator, metrics, trust_code=trust_code)
+    if metrics:
+        raise UserError("there is nothing that gives metrics", where="--metrics", hint="add --eval module:function")
+    return None
 
 
 def calibration_samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:

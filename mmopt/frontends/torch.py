@@ -9,8 +9,6 @@ import importlib
 import inspect
 import os
 import pathlib
-import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +16,7 @@ import numpy as np
 
 from mmopt.errors import LoadError, UserError, did_you_mean
 from mmopt.frontends import opset, torch_recurrent
+from mmopt.frontends.functions import find_function, one_line, user_line
 from mmopt.frontends.module_paths import record_module_paths
 from mmopt.frontends.torch_names import name_dimensions, name_outputs
 from mmopt.frontends.torch_passes import FxRewrite, quiet_torch, run_fx_passes
@@ -105,14 +104,11 @@ def load_callable(spec: str, *, fx_passes: Sequence[FxRewrite] = (), strict: boo
         LoadError: When the code fails.
     """
     _import_torch()
-    module_name, colon, function_name = spec.partition(":")
-    if not colon or not module_name or not function_name:
-        raise UserError(f"{spec!r} is not of the form package.module:function", hint="for example mymodels.clip:build")
-    function = _find_function(module_name, function_name)
+    function = find_function(spec)
     try:
         result = function()
     except Exception as error:
-        raise LoadError(f"{spec} failed: {_one_line(error)}", where=_user_line(error), hint="run it alone") from error
+        raise LoadError(f"{spec} failed: {one_line(error)}", where=user_line(error), hint="run it alone") from error
     if not isinstance(result, tuple) or len(result) not in (2, 3):
         raise UserError(
             f"{spec} returned a {type(result).__name__}", hint="return (module, example_inputs[, dynamic_shapes])"
@@ -121,26 +117,6 @@ def load_callable(spec: str, *, fx_passes: Sequence[FxRewrite] = (), strict: boo
     module = load_torch(result[0], result[1], dynamic_shapes=shapes, fx_passes=fx_passes, strict=strict)
     module.provenance[0] = f"loaded from {spec}"
     return module
-
-
-def _find_function(module_name: str, function_name: str) -> Any:
-    sys.path.insert(0, os.getcwd())
-    try:
-        package = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        hint = "the current folder and the Python path are searched"
-        raise UserError(f"there is no module {error.name!r}", where=module_name, hint=hint) from error
-    except Exception as error:
-        raise LoadError(
-            f"importing it failed: {_one_line(error)}", where=module_name, hint=_user_line(error)
-        ) from error
-    finally:
-        sys.path.remove(os.getcwd())
-    function = getattr(package, function_name, None)
-    if not callable(function):
-        names = [name for name, value in vars(package).items() if callable(value) and not name.startswith("_")]
-        raise UserError(f"{module_name} has no function {function_name!r}", hint=did_you_mean(function_name, names))
-    return function
 
 
 def _import_torch() -> Any:
@@ -164,7 +140,7 @@ def _read_pt2(torch: Any, path: pathlib.Path, trust_code: bool) -> Any:
             return torch.export.load(path)
     except Exception as error:
         hint = "write it with torch.export.save, by the installed version of torch"
-        raise LoadError(f"is not an exported program: {_one_line(error)}", where=str(path), hint=hint) from error
+        raise LoadError(f"is not an exported program: {one_line(error)}", where=str(path), hint=hint) from error
 
 
 def _export(torch: Any, module: Any, example_inputs: _Inputs, dynamic_shapes: Any) -> Any:
@@ -180,8 +156,8 @@ def _export(torch: Any, module: Any, example_inputs: _Inputs, dynamic_shapes: An
         raise
     except Exception as error:
         raise LoadError(
-            f"torch.export cannot capture {type(module).__qualname__}: {_one_line(error)}",
-            where=_user_line(error),
+            f"torch.export cannot capture {type(module).__qualname__}: {one_line(error)}",
+            where=user_line(error),
             hint=_export_hint(str(error)),
         ) from error
     finally:
@@ -245,8 +221,8 @@ def _to_onnx(torch: Any, program: Any) -> Any:
         raise
     except Exception as error:
         raise LoadError(
-            f"torch's ONNX exporter failed: {_one_line(error)}",
-            where=_user_line(error),
+            f"torch's ONNX exporter failed: {one_line(error)}",
+            where=user_line(error),
             hint="an operator may have no ONNX form; the error above with -v names it",
         ) from error
 
@@ -259,31 +235,3 @@ def _export_hint(message: str) -> str:
     if "data-dependent" in message or "GuardOnDataDependentSymNode" in message:
         return "control flow depends on a tensor's value: use torch.where or torch.cond there"
     return "check that the example inputs run through the module, and see the torch.export documentation"
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of the innermost cause on one line, without torch's closing advice."""
-    cause = error
-    while cause.__cause__ is not None:
-        cause = cause.__cause__
-    text = " ".join(str(cause).split("The error above occurred")[0].split())
-    return f"{text[:300]}…" if len(text) > 300 else text or type(cause).__name__
-
-
-def _user_line(error: BaseException) -> str:
-    """File and line of the innermost frame outside mmopt and installed packages: the line of the user's model."""
-    place = ""
-    link: BaseException | None = error
-    while link is not None:
-        for frame in traceback.extract_tb(link.__traceback__):
-            if _is_user_code(frame.filename):
-                place = f"{frame.filename}:{frame.lineno} ({(frame.line or '').strip()})"
-        link = link.__cause__ or link.__context__
-    return place
-
-
-def _is_user_code(filename: str) -> bool:
-    path = pathlib.Path(filename)
-    installed = {"site-packages", "dist-packages"} & set(path.parts)
-    homes = (pathlib.Path(__file__).parents[1], pathlib.Path(os.__file__).parent)
-    return path.is_file() and not installed and not any(path.is_relative_to(home) for home in homes)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import pathlib
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -90,9 +90,16 @@ class ReferenceRunner:
 
     def stream(self, module: Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Outputs]:
         """As :meth:`run_all`, one set after another, so that only one set of outputs need be in memory."""
-        session, reason = self._load(module)
+        run = self.prepare(module)
         for inputs in batches:
-            yield _run_reference(module, inputs, reason) if session is None else session.run(inputs)
+            yield run(inputs)
+
+    def prepare(self, module: Module) -> Callable[[Mapping[str, Any]], Outputs]:
+        """``module``, loaded once, as a function from inputs to outputs; otherwise as :meth:`run`."""
+        session, reason = self._load(module)
+        if session is None:
+            return lambda inputs: _run_reference(module, inputs, reason)
+        return session.run
 
     def refusal(self, module: Module) -> str:
         """Why onnxruntime cannot load ``module``, or "" when it can."""

@@ -6,11 +6,14 @@ import abc
 import dataclasses
 import enum
 import re
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from mmopt.ir.module import Module, Remark
+
+if TYPE_CHECKING:
+    from mmopt.evaluation import Evaluation
 
 
 class Fidelity(enum.Enum):
@@ -35,6 +38,7 @@ class PassContext:
         inputs: Sample inputs by name, each with a leading axis of samples, when the user gave some.
         remarks: Where the pass leaves remarks; the manager moves them to the module (kept even on rollback).
         samples_from: ``given`` when the inputs are the user's, ``random`` when they were made up on request.
+        evaluation: The user's evaluator, with the metrics of the original model, when there is one.
     """
 
     target: str = ""
@@ -42,6 +46,7 @@ class PassContext:
     inputs: dict[str, np.ndarray] | None = None
     remarks: list[Remark] = dataclasses.field(default_factory=list)
     samples_from: str = "given"
+    evaluation: Evaluation | None = None
 
 
 def kebab_case(name: str) -> str:

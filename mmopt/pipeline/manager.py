@@ -7,7 +7,7 @@ import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from mmopt.pipeline.base import Fidelity, Pass, PassContext, Phase
 from mmopt.pipeline.dump import Dump
 from mmopt.pipeline.guard import Guard, Known, Rejected, check_claim, check_start, read_only_weights
 from mmopt.pipeline.report import APPLIED, FAILED, PassRecord, PipelineReport, node_count
+
+if TYPE_CHECKING:
+    from mmopt.evaluation import Evaluation
 
 VALIDATE = ("each", "end", "off")
 
@@ -65,6 +68,7 @@ class PassManager:
         inputs: Inputs to validate on, one set or several, each an array by input name; probes are made when None.
         samples: Calibration samples for passes that want some, by input name, each with a leading axis of samples.
         samples_from: ``given``, or ``random`` when they were made up on request.
+        evaluation: The user's evaluator, for passes that judge by the task.
         dump_dir: Folder that gets the module as text before the first and after every pass; None writes nothing.
         target: Name of the target, for passes that ask.
         progress: Called before and after each pass.
@@ -84,6 +88,7 @@ class PassManager:
         inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
         samples: dict[str, np.ndarray[Any, Any]] | None = None,
         samples_from: str = "given",
+        evaluation: Evaluation | None = None,
         dump_dir: pathlib.Path | None = None,
         target: str = "",
         progress: Callable[[Progress], None] | None = None,
@@ -98,6 +103,7 @@ class PassManager:
         self.inputs = [inputs] if isinstance(inputs, Mapping) else inputs
         self.samples = samples if samples is not None else _stack(self.inputs)
         self.samples_from = samples_from
+        self.evaluation = evaluation
         self.dump_dir = dump_dir
         self.target = target
         self.progress = progress
@@ -247,7 +253,9 @@ class _Run:
     def _apply(self, pass_: Pass, work: Module, record: PassRecord) -> None:
         """Run ``pass_`` on ``work``; make it the current module when that is right."""
         manager = self._manager
-        context = PassContext(manager.target, manager.seed, manager.samples, record.remarks, manager.samples_from)
+        context = PassContext(
+            manager.target, manager.seed, manager.samples, record.remarks, manager.samples_from, manager.evaluation
+        )
         started = time.perf_counter()
         try:
             claimed = pass_.run(work, context)
