@@ -92,7 +92,7 @@ def collect(
     facts = infer_shapes(module.model)
     observed = _observed(module, facts)
     axes = {str(value.name): channel_axis(value, facts) for value in observed}
-    padding = _Padding(module, observed)
+    padding = Padding(module, observed)
     wanted = set(gram)
     if unknown := wanted - set(axes):
         raise UserError(f"there is no tensor {sorted(unknown)[0]!r} to make a Gram matrix of")
@@ -235,7 +235,7 @@ def channel_axis(value: ir.Value, facts: ShapeFacts) -> int | None:
     return 1 if producer.op_type in _CONVOLUTIONS else rank - 1
 
 
-class _Padding:
+class Padding:
     """Which rows of which tensors are padding.
 
     A mask of shape [batch, length] marks the rows of the tensors of its own tower that have these two axes.
@@ -267,9 +267,12 @@ class _Padding:
             return None
         return next((n for n, size in enumerate(array.shape) if n and size == mask.shape[1]), None)
 
+    def mask(self, name: str, feeds: Mapping[str, Array]) -> Array:
+        """The mask, ``[batch, length]``, of a tensor for which :meth:`axis` has found one: True is data."""
+        return np.asarray(feeds[self._masks[name]].astype(bool))
+
     def valid(self, name: str, array: Array, feeds: Mapping[str, Array], axis: int) -> Array:
         """``array`` without the positions along ``axis`` that are padding; the batch becomes 1."""
-        mask = feeds[self._masks[name]].astype(bool)
-        rows = np.moveaxis(array, axis, 1)[mask]
+        rows = np.moveaxis(array, axis, 1)[self.mask(name, feeds)]
         # Back to the old rank, so that the axis of the channels keeps its number.
         return np.moveaxis(rows[None], 1, axis)
