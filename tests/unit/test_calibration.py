@@ -145,6 +145,22 @@ class TestRanges:
         even = random.uniform(-1, 1, 100_000)
         assert choose_range(self.of(even), "entropy", symmetric=True)[1] == pytest.approx(1, abs=0.05)
 
+    @pytest.mark.parametrize("share", [0.3, 0.9])
+    def test_entropy_is_not_misled_by_equal_values(self, share: float) -> None:
+        random = np.random.default_rng(0)
+        rectified = np.abs(random.standard_normal(400_000))
+        rectified[: int(share * 400_000)] = 0
+        low, high = choose_range(self.of(rectified), "entropy")
+        assert low == 0
+        assert high > 0.8 * rectified.max()
+
+    def test_entropy_keeps_a_floor_that_many_values_lie_on(self) -> None:
+        random = np.random.default_rng(0)
+        floored = np.maximum(random.standard_normal(40_000), 0.2) - 1.93
+        low, high = choose_range(self.of(floored), "entropy")
+        assert low == floored.min()
+        assert high > 0.6 * floored.max()
+
     def test_zeros_have_no_width(self) -> None:
         assert choose_range(self.of(np.zeros(4)), "mse") == (0.0, 0.0)
 

@@ -6,6 +6,7 @@ whole.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -82,20 +83,37 @@ _ROUNDS = 3
 """Times that the searching methods go back and forth between the two ends."""
 
 
-def _searched(error: Callable[[Array, Array, float, float, int], float]) -> Callable[..., Range]:
+@dataclasses.dataclass(frozen=True)
+class _Bins:
+    """The bins in use of a histogram.
+
+    Attributes:
+        centers: Their middles.
+        counts: Values in them.
+        even: The same, without what stands out of its neighbours.
+        width: Width of a bin.
+    """
+
+    centers: Array
+    counts: Array
+    even: Array
+    width: float
+
+
+def _searched(error: Callable[[_Bins, float, float, int], float]) -> Callable[..., Range]:
     """Try ranges that shrink from the whole: both ends together, then each in turn."""
 
     def search(
         statistics: TensorStatistics, low: float, high: float, bits: int, symmetric: bool, share: float
     ) -> Range:
-        used = np.flatnonzero(statistics.histogram.counts)
-        counts = statistics.histogram.counts[used]
-        edges = statistics.histogram.edges()
-        centers = (edges[used] + edges[used + 1]) / 2
+        counts = statistics.histogram.counts
+        used = np.flatnonzero(counts)
+        edges, width = statistics.histogram.edges(), statistics.histogram.width
+        bins = _Bins((edges[used] + edges[used + 1]) / 2, counts[used], _without_spikes(counts)[used], width)
         factors = np.linspace(1.0, 1.0 / _CANDIDATES, _CANDIDATES)
 
         def best(ranges: list[Range]) -> Range:
-            errors = [error(centers, counts, a, b, bits) for a, b in ranges]
+            errors = [error(bins, a, b, bits) for a, b in ranges]
             return ranges[int(np.argmin(errors))]
 
         together = best([(low * f, high * f) for f in factors])
@@ -113,24 +131,44 @@ def _searched(error: Callable[[Array, Array, float, float, int], float]) -> Call
     return search
 
 
-def _squared_error(centers: Array, counts: Array, low: float, high: float, bits: int) -> float:
+def _squared_error(bins: _Bins, low: float, high: float, bits: int) -> float:
     step = (high - low) / (2**bits - 1)
-    clipped = np.clip(centers, low, high)
+    clipped = np.clip(bins.centers, low, high)
     rounded = np.rint((clipped - low) / step) * step + low
-    return float((counts * (rounded - centers) ** 2).sum())
+    return float((bins.counts * (rounded - bins.centers) ** 2).sum())
 
 
-def _divergence(centers: Array, counts: Array, low: float, high: float, bits: int) -> float:
+_NEIGHBOURS = 8
+"""Bins on each side that a bin is compared with to tell whether it stands out."""
+
+_SPIKE = 4.0
+"""How many times the mean of its neighbours a bin holds, at most, before what is above counts as a spike."""
+
+
+def _without_spikes(counts: Array) -> Array:
+    """Counts without what many equal values pile up: zeros behind a rectifier, silence, the flat end of an activation.
+
+    A level of integers holds several bins. That equal values fill one of them alone is no loss to rounding, but the
+    divergence takes it for one, so large that it is worth clipping nearly everything to give the spike its own level.
+    """
+    around = np.convolve(counts, np.ones(2 * _NEIGHBOURS + 1), "same") - counts
+    return np.asarray(np.minimum(counts, np.maximum(_SPIKE * around / (2 * _NEIGHBOURS), 1)))
+
+
+def _divergence(bins: _Bins, low: float, high: float, bits: int) -> float:
     """Kullback-Leibler divergence of the quantized from the clipped distribution (after Migacz, GTC 2017)."""
-    inside = (centers >= low) & (centers <= high)
+    # A bin that the end of the range cuts is inside: the extremes themselves lie in such bins.
+    below, above = bins.centers + bins.width / 2 <= low, bins.centers - bins.width / 2 >= high
+    inside = ~(below | above)
     if not inside.any():
         return math.inf
-    p = counts[inside].astype(np.float64)
-    p[0] += counts[centers < low].sum()
-    p[-1] += counts[centers > high].sum()
+    even = bins.even[inside]
+    p = even.astype(np.float64)
+    p[0] += bins.counts[below].sum()
+    p[-1] += bins.counts[above].sum()
     step = (high - low) / (2**bits - 1)
-    level = np.rint((centers[inside] - low) / step).astype(np.int64)
-    kept = np.bincount(level, counts[inside])
+    level = np.rint((np.clip(bins.centers[inside], low, high) - low) / step).astype(np.int64)
+    kept = np.bincount(level, even)
     members = np.bincount(level)
     q = (kept / np.maximum(members, 1))[level]
     # A bin that only clipping filled has no share of its level; the smallest one keeps the divergence finite.
