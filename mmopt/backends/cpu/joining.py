@@ -506,7 +506,10 @@ def _pointer_to(dtype: str) -> PointerType:
 
 
 def _cycles() -> Expr:
-    return tirx.call_llvm_intrin("int64", "llvm.readcyclecounter")
+    """The counter that programs may read: on AArch64 that of the timer, for the cycles' traps."""
+    target = tvm.target.Target.current()
+    arm = target is not None and str(target.attrs.get("mtriple", "")).startswith(("aarch64", "arm64"))
+    return tirx.call_llvm_intrin("int64", "llvm.readsteadycounter" if arm else "llvm.readcyclecounter")
 
 
 def _callee(value: Any) -> str:

@@ -12,6 +12,7 @@ from tvm.tirx import compilation_pipeline
 
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.joining import Joined, join_kernels, settle
+from mmopt.backends.linking import linker_for
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
 
@@ -102,10 +103,11 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
         The shared library, and the bytes of workspace that a call needs.
 
     Raises:
+        UserError: There is no linker for the profile.
         BackendError: Code generation or linking failed.
     """
     intrinsics.register()
-    target = target_of(profile)
+    target, linker = target_of(profile), linker_for(profile)
     try:
         with target, code_generation():
             joined = join(module, kernels)
@@ -114,7 +116,7 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
             executable = relax.build(lowered, target=target, relax_pipeline=nothing, tir_pipeline=_LOWERING)
         with tempfile.TemporaryDirectory(prefix="mmopt-") as folder:
             path = pathlib.Path(folder, "lib.so")
-            executable.export_library(str(path))
+            executable.export_library(str(path), fcompile=linker)
             return path.read_bytes(), joined.workspace
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error
