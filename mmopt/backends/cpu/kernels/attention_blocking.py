@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from mmopt.backends.cpu.choosing import Candidate, Workload, typical
+from mmopt.backends.cpu.kernels.tile import most_rows
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -99,7 +100,7 @@ def value_tile(profile: Profile, rows: int, vectors: int) -> tuple[int, int]:
 
 def _tallest(profile: Profile, vectors: int) -> int:
     """Most rows of a register tile: accumulators, one row of the right operand, one element of the left."""
-    return max(1, min((profile.registers - vectors - 1) // vectors, 16))
+    return max(1, min(most_rows(profile, vectors), 16))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmopt.backends.cpu.choosing import Candidate, Workload, typical
-from mmopt.backends.cpu.kernels.tile import LINE, lanes_of
+from mmopt.backends.cpu.kernels.tile import LINE, lanes_of, most_rows
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -120,7 +120,7 @@ def direct_candidates(profile: Profile, conv: Convolved) -> list[Candidate]:
     inputs = conv.input_bytes() > profile.l2_bytes // 4
     made = []
     for vectors in sorted(range(1, widest + 1), key=lambda v: abs(v - 2)):
-        most = max(1, (profile.registers - vectors - 1) // vectors)
+        most = max(1, most_rows(profile, vectors))
         for height, width in _shapes(conv, min(most, 28)):
             for parts in (1, profile.cores, 8 * profile.cores):
                 patch = Patch(height, width, vectors, lanes, parts, ahead, ahead and inputs)

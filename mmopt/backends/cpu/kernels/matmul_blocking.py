@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 
 from mmopt.backends.cpu.choosing import Candidate, Chooser, Parameter, Workload, typical
-from mmopt.backends.cpu.kernels.tile import INDEPENDENT, Tile, lanes_of
+from mmopt.backends.cpu.kernels.tile import INDEPENDENT, NEON_BYTES, Tile, lanes_of, most_rows
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -134,7 +134,7 @@ def _tiles(task: _Product, lanes: int) -> Iterator[Tile]:
     for vectors in widths:
         if vectors > max(1, -(-task.n // lanes)) or (vectors == 1 and task.n > 4 * lanes):
             continue
-        most = max(1, min((registers - vectors - 1) // vectors, 16))
+        most = max(1, min(most_rows(task.profile, vectors), 16))
         rows = -(-task.m // -(-task.m // most)) if task.rows_known and task.m else most
         yield Tile(rows, vectors, lanes)
 
@@ -200,7 +200,8 @@ def _walk(task: _Product, blocking: Blocking, blocks: int) -> float:
     streamed = task.packed or blocking.copy
 
     def one(rows: int) -> float:
-        loads = rows + tile.vectors * (1.0 if streamed else 2.0)
+        singles = rows / tile.lanes if task.profile.vector_bytes == NEON_BYTES else rows
+        loads = singles + tile.vectors * (1.0 if streamed else 2.0)
         near = (rows + tile.columns) * task.size / NEAR_RATE
         aliased = rows > WAYS and task.k * task.size % PAGE == 0
         slow = ALIASED if aliased else 1.0

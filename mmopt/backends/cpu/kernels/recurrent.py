@@ -23,7 +23,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, typical
-from mmopt.backends.cpu.kernels.tile import RegisterTile
+from mmopt.backends.cpu.kernels.tile import RegisterTile, most_rows
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, shared, static, team, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
@@ -104,7 +104,7 @@ def candidates(profile: Profile, dtype: str, gates: int, hidden: int, batch: int
     lanes = profile.vector_bytes // itemsize(dtype)
     made = []
     for vectors in sorted((v for v in range(1, gates + 1) if gates % v == 0), key=lambda v: abs(v - 2)):
-        most = min((profile.registers - vectors - 1) // vectors, 16)
+        most = min(most_rows(profile, vectors), 16)
         if most < 1:
             continue
         rows = most if isinstance(batch, str) else -(-known // -(-known // most))

@@ -8,13 +8,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.cpu.loops import i64, loop, loops, seq, when
+from mmopt.backends.cpu.loops import i64, loop, loops, seq, static, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
 
@@ -23,6 +24,9 @@ INDEPENDENT = 8
 
 LINE = 64
 """Bytes of a cache line."""
+
+NEON_BYTES = 16
+"""Width of vectors whose multiply-add takes one element of a vector for all lanes: a load for each element is saved."""
 
 ReadA = Callable[..., Expr]
 """``a(i, *k)``: one element for row ``i``."""
@@ -53,6 +57,14 @@ class Tile:
 def lanes_of(profile: Profile, dtype: str) -> int:
     """Elements of ``dtype`` in a vector register."""
     return profile.vector_bytes // itemsize(dtype)
+
+
+def most_rows(profile: Profile, vectors: int) -> int:
+    """Rows of the largest tile of ``vectors`` vectors that fits the registers, beside a row of ``b`` and what is at
+    hand of ``a``: one element, or on NEON a vector for each row."""
+    if profile.vector_bytes == NEON_BYTES:
+        return (profile.registers - vectors) // (vectors + 1)
+    return (profile.registers - vectors - 1) // vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +120,10 @@ class RegisterTile:
         self.width = sum(self._summed)
         chains = self.chains or self.rows * len(self.spans)
         self.copies = max(1, -(-INDEPENDENT // chains))
-        self.steps = -(-self.steps // self.copies) * self.copies
+        # Elements of a that are loaded as one vector for each row.
+        self.together = self.lanes if self.lanes * itemsize(self.dtype) == NEON_BYTES else 1
+        least = math.lcm(self.copies, self.together)
+        self.steps = -(-self.steps // least) * least
         # One small buffer for each row: LLVM keeps those in registers whatever else the loop does.
         self.acc = [
             [tirx.decl_buffer((i64(self.width),), self.dtype, "acc") for _ in range(self.rows)]
@@ -172,11 +187,19 @@ class RegisterTile:
         chain of dependent multiply-adds cannot fill the pipeline.
         """
 
-        def step(copy: int, *k: Expr) -> Stmt:
+        def step(copy: int, a: ReadA, *k: Expr) -> Stmt:
             def update(i: int, n: int, v: Expr) -> Stmt:
                 return self._set(i, n, v, self._get(i, n, v, copy) + a(i64(i), *k) * b(i64(n), v, *k), copy)
 
             return self._each(update)
+
+        def steps(at: Sequence[Expr], first: Expr) -> Iterator[Stmt]:
+            """A round, from index ``first`` on."""
+            for start in range(0, self.steps, self.together):
+                load, kept = self._elements(a, (*at, first + start))
+                yield load
+                for c in range(start, start + self.together):
+                    yield step(c % self.copies, kept, *at, first + c)
 
         *outer, inner = depth
         rounds = simplify(tirx.floordiv(inner, i64(self.steps)))
@@ -184,10 +207,9 @@ class RegisterTile:
 
         def walk(*at: Expr) -> Stmt:
             def body(k: Expr) -> Stmt:
-                steps = (step(c % self.copies, *at, k * self.steps + c) for c in range(self.steps))
-                return seq(None if ahead is None else ahead(*at, k), *steps)
+                return seq(None if ahead is None else ahead(*at, k), *steps(at, k * self.steps))
 
-            tail = loop(rest, lambda k: step(0, *at, rounds * self.steps + k), name="k")
+            tail = loop(rest, lambda k: step(0, a, *at, rounds * self.steps + k), name="k")
             return seq(loop(rounds, body, name="k"), tail if self.steps > 1 else None)
 
         return seq(
@@ -196,6 +218,22 @@ class RegisterTile:
             loops(outer, walk, "k"),
             *(self._fold(copy) for copy in range(1, self.copies)),
         )
+
+    def _elements(self, a: ReadA, first: Sequence[Expr]) -> tuple[Stmt | None, ReadA]:
+        """The next ``together`` elements of every row: what loads vectors of them, and how to read one."""
+        if self.together == 1:
+            return None, a
+        *outer, start = first
+        rows = [tirx.decl_buffer((i64(self.together),), self.dtype, "a") for _ in range(self.rows)]
+
+        def load(i: int, row: tirx.Buffer) -> Stmt:
+            one = lambda c: tirx.BufferStore(row, a(i64(i), *outer, start + c), [c])  # noqa: E731
+            return seq(tirx.AllocBuffer(row), loop(self.together, one, "vectorized", "c"))
+
+        def read(i: Expr, *k: Expr) -> Expr:
+            return rows[static(i) or 0][simplify(k[-1] - start)]
+
+        return seq(*(load(i, row) for i, row in enumerate(rows))), read
 
     def _begin(self, partial: PartialSums | None) -> Stmt:
         zero = tirx.const(0, self.dtype)

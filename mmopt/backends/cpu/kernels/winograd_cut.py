@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from mmopt.backends.cpu.choosing import Candidate, typical
 from mmopt.backends.cpu.kernels.conv_patches import TILE_CYCLES, Convolved, combined
-from mmopt.backends.cpu.kernels.tile import lanes_of
+from mmopt.backends.cpu.kernels.tile import lanes_of, most_rows
 from mmopt.backends.cpu.kernels.winograd_transform import POINTS, TAPS
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
@@ -74,7 +74,7 @@ def tiles_of(conv: Convolved, tile: int) -> int:
 
 def _cuts(profile: Profile, conv: Convolved, tile: int, lanes: int) -> Iterator[Cut]:
     vectors = min(2, conv.channels // lanes)
-    most = (profile.registers - vectors - 1) // vectors
+    most = most_rows(profile, vectors)
     tiles = tiles_of(conv, tile)
     for share in (1, profile.cores, 4 * profile.cores):
         wanted = -(-tiles // share)
