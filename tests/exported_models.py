@@ -41,6 +41,7 @@ class Architecture:
         rms_norm: RMS normalizations.
         gelu: Gelu activations, both kinds.
         rotary: Tensors that are rotated by position.
+        recurrent: The recurrent operator that its steps are, or "".
     """
 
     make: Callable[[], tuple[Any, dict[str, Any], str]]
@@ -49,6 +50,7 @@ class Architecture:
     rms_norm: int = 0
     gelu: int = 0
     rotary: int = 0
+    recurrent: str = ""
 
     def expected(self) -> dict[str, int]:
         """Operators that must be found, by name."""
@@ -58,6 +60,7 @@ class Architecture:
             "RMSNormalization": self.rms_norm,
             "Gelu": self.gelu,
             "RotaryEmbedding": self.rotary,
+            **({self.recurrent: 1} if self.recurrent else {}),
         }
         return {name: count for name, count in counts.items() if count}
 
@@ -210,6 +213,30 @@ def _encoder_layer() -> tuple[Any, dict[str, Any], str]:
     return torch.nn.TransformerEncoderLayer(32, 4, 48, batch_first=True), {"src": torch.randn(2, 7, 32)}, ""
 
 
+def _steps(kind: str) -> Callable[[], tuple[Any, dict[str, Any], str]]:
+    """A cell that somebody calls step by step."""
+
+    def make() -> tuple[Any, dict[str, Any], str]:
+        import torch
+
+        class Steps(torch.nn.Module):  # type: ignore[misc]  # torch is untyped here
+            def __init__(self) -> None:
+                super().__init__()
+                self.cell = getattr(torch.nn, f"{kind}Cell")(8, 12)
+
+            def forward(self, x: Any) -> Any:
+                state = x.new_zeros(x.shape[0], 12)
+                states, found = ((state, state) if kind == "LSTM" else state), []
+                for n in range(x.shape[1]):
+                    states = self.cell(x[:, n], states)
+                    found.append(states[0] if kind == "LSTM" else states)
+                return torch.stack(found, dim=1)
+
+        return Steps(), {"x": torch.randn(2, 7, 8)}, ""
+
+    return make
+
+
 ARCHITECTURES = {
     "bert": Architecture(_text_model("Bert", max_position_embeddings=40), 2, layer_norm=5, gelu=2),
     "distilbert": Architecture(_distilbert, 2, layer_norm=5, gelu=2),
@@ -227,6 +254,9 @@ ARCHITECTURES = {
     "gemma2": Architecture(_text_model("Gemma2", num_key_value_heads=2, head_dim=8), 2, rms_norm=9, gelu=2, rotary=4),
     "neox": Architecture(_text_model("GPTNeoX"), 2, layer_norm=3, gelu=2, rotary=4),
     "encoder-layer": Architecture(_encoder_layer, 1, layer_norm=2),
+    "lstm-steps": Architecture(_steps("LSTM"), 0, recurrent="LSTM"),
+    "gru-steps": Architecture(_steps("GRU"), 0, recurrent="GRU"),
+    "rnn-steps": Architecture(_steps("RNN"), 0, recurrent="RNN"),
 }
 """By name; layers are two of each, with a layer for every part that the real model has."""
 

@@ -16,8 +16,10 @@ from mmopt.transforms.canonicalize import Canonicalize
 from mmopt.transforms.raising.raise_activations import RaiseActivations
 from mmopt.transforms.raising.raise_attention import RaiseAttention
 from mmopt.transforms.raising.raise_normalization import RaiseNormalization
+from mmopt.transforms.raising.raise_recurrent import RaiseRecurrent
 from mmopt.transforms.raising.raise_rotary import RaiseRotary
 from mmopt.transforms.rewrite.merge_projections import MergeProjections
+from tests import recurrent_spellings as recurrent
 from tests.attention_spellings import LAYOUTS, MASKS, SCALES, Spelling, build, feeds_for
 from tests.canonical import evaluate
 from tests.raising import close, normal_inputs, raise_and_check
@@ -68,6 +70,40 @@ def test_attention(spelling: Spelling, seed: int) -> None:
 @given(spelling=_spellings(), seed=st.integers(0, 99))
 def test_attention_of_many_spellings(spelling: Spelling, seed: int) -> None:
     _attention(spelling, seed)
+
+
+def _recurrent_spellings() -> st.SearchStrategy[recurrent.Spelling]:
+    return st.builds(
+        recurrent.Spelling,
+        kind=st.sampled_from(recurrent.KINDS),
+        products=st.sampled_from(recurrent.PRODUCTS),
+        stepping=st.sampled_from(recurrent.STEPPING),
+        form=st.sampled_from(recurrent.FORMS),
+        batch_first=st.booleans(),
+        reverse=st.booleans(),
+        batch=st.sampled_from([0, 1, 3]),
+        initial=st.booleans(),
+        stacked=st.booleans(),
+        blend=st.booleans(),
+    ).filter(lambda s: s.form != "loop" or not s.reverse)
+
+
+def _recurrence(spelling: recurrent.Spelling, seed: int) -> None:
+    module, missed = raise_and_check(RaiseRecurrent(), recurrent.build(spelling, seed))
+    assert any(node.op_type == spelling.kind.split()[0] for node in module.graph), (spelling, missed)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@given(spelling=_recurrent_spellings(), seed=st.integers(0, 99))
+def test_recurrence(spelling: recurrent.Spelling, seed: int) -> None:
+    _recurrence(spelling, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None, suppress_health_check=QUIET)
+@given(spelling=_recurrent_spellings(), seed=st.integers(0, 99))
+def test_recurrence_in_many_spellings(spelling: recurrent.Spelling, seed: int) -> None:
+    _recurrence(spelling, seed)
 
 
 class _Arithmetic:

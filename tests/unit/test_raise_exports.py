@@ -61,7 +61,7 @@ def found(name: str, spelling: tuple[str, int, str, bool], folder: pathlib.Path)
     close(want, got)
     counts = collections.Counter(node.op_type for node in result.graph.all_nodes())
     assert "Softmax" not in counts
-    kinds = ("Attention", "LayerNormalization", "RMSNormalization", "Gelu", "RotaryEmbedding")
+    kinds = ("Attention", "LayerNormalization", "RMSNormalization", "Gelu", "RotaryEmbedding", "LSTM", "GRU", "RNN")
     return {kind: counts[kind] for kind in kinds if counts[kind]}
 
 

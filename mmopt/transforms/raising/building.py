@@ -79,6 +79,10 @@ class Builder:
         self.rewriter.facts.set(output, Fact(tuple(shape), None, kind))
         return output
 
+    def adopt(self, node: ir.Node) -> None:
+        """Count a node that somebody else put before the same place among those that go after :class:`Unbuildable`."""
+        self._nodes.append(node)
+
     def constant(self, array: Array, name: str) -> ir.Value:
         """A new initializer."""
         graph = self.before.graph

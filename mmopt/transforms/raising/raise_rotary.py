@@ -19,23 +19,14 @@ import onnx_ir as ir
 
 from mmopt.analysis.dims import Size
 from mmopt.transforms.canonicalize import compose_transposes, merge_reshapes
-from mmopt.transforms.canonicalize.editing import Array, axes_of, constant_ints, integer, is_onnx, tensor_of
+from mmopt.transforms.canonicalize.editing import Array, integer, is_onnx, tensor_of
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule
 from mmopt.transforms.raising.building import Builder, Unbuildable, sole_user
+from mmopt.transforms.raising.parts import Part, region
 from mmopt.transforms.raising.rules import RaisingPass, RaisingRule
 
 _LARGEST_READ = 1 << 24
 _ELEMENTWISE = ("Cos", "Sin", "Cast", "Identity", "Unsqueeze", "Reshape", "Expand", "Mul", "Squeeze")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """``value[..., start::step]``, ``size`` of it."""
-
-    value: ir.Value
-    start: int
-    size: int
-    step: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,49 +37,10 @@ class _Rotation:
     cosine: ir.Value
     sine: ir.Value
     interleaved: bool
-    part: _Part | None = None
+    part: Part | None = None
 
 
 # -- reading -------------------------------------------------------------------------------------------------------
-
-
-def _part(value: ir.Value | None, rewriter: Rewriter) -> _Part | None:
-    """A part of the last axis, by Slice or Split."""
-    node = None if value is None else value.producer()
-    if value is None or node is None or not node.inputs or node.inputs[0] is None:
-        return None
-    shape, after = rewriter.shape(node.inputs[0]), rewriter.shape(value)
-    if not shape or not after or len(shape) != len(after):
-        return None
-    width, size = shape[-1], after[-1]
-    if not isinstance(width, int) or not isinstance(size, int):
-        return None
-    if is_onnx(node, "Split") and integer(node, "axis", 0) in (-1, len(shape) - 1):
-        before = [rewriter.shape(o) for o in node.outputs[: list(node.outputs).index(value)]]
-        sizes = [s[-1] for s in before if s]
-        return _Part(node.inputs[0], sum(s for s in sizes if isinstance(s, int)), size)
-    if not is_onnx(node, "Slice") or len(node.inputs) < 4:
-        return None
-    starts, axes = constant_ints(node.inputs[1]), axes_of(node, 3)
-    steps = constant_ints(node.inputs[4]) if len(node.inputs) > 4 else [1]
-    if starts is None or axes is None or steps is None or len(starts) != 1 or axes[0] % len(shape) != len(shape) - 1:
-        return None
-    start = starts[0] + width if starts[0] < 0 else min(starts[0], width)
-    return _Part(node.inputs[0], start, size, steps[0]) if steps[0] > 0 else None
-
-
-def _region(value: ir.Value | None, rewriter: Rewriter) -> _Part | None:
-    """Which part of what ``value`` is; the whole of itself where it is no part."""
-    shape = rewriter.shape(value)
-    if value is None or not shape or not isinstance(shape[-1], int):
-        return None
-    part = _part(value, rewriter)
-    if part is None:
-        return _Part(value, 0, shape[-1])
-    around = _region(part.value, rewriter)
-    if around is None or around.step != 1:
-        return part
-    return _Part(around.value, around.start + part.start, part.size, part.step)
 
 
 def _negated(value: ir.Value | None) -> ir.Value | None:
@@ -96,7 +48,7 @@ def _negated(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and is_onnx(node, "Neg") else None
 
 
-def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, bool] | None:
+def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[Part, bool] | None:
     """``(x, interleaved)`` where ``value`` is ``x`` with pairs exchanged and the first of each negated."""
     node = None if value is None else value.producer()
     interleaved = False
@@ -114,7 +66,7 @@ def _rotated_half(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, bo
     turned = _negated(first)
     if turned is None and interleaved:
         turned = _unsqueezed(_negated(node.inputs[0]))
-    parts = _region(turned, rewriter), _region(second, rewriter)
+    parts = region(turned, rewriter), region(second, rewriter)
     if parts[0] is None or parts[1] is None:
         return None
     whole = _joined(parts[1], parts[0], interleaved)
@@ -129,13 +81,13 @@ def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0]
 
 
-def _joined(first: _Part, second: _Part, interleaved: bool) -> _Part | None:
+def _joined(first: Part, second: Part, interleaved: bool) -> Part | None:
     """The part that two halves, or all even and all odd features, make up."""
     step, apart = (2, 1) if interleaved else (1, first.size)
     fits = first.step == second.step == step and first.size == second.size
     if first.value is not second.value or not fits or second.start != first.start + apart:
         return None
-    return _Part(first.value, first.start, 2 * first.size)
+    return Part(first.value, first.start, 2 * first.size)
 
 
 def _sum_of_products(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
@@ -152,7 +104,7 @@ def _sum_of_products(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
             if found is None or sine is None:
                 continue
             for data, cosine in (plain.inputs, plain.inputs[::-1]):
-                if data is not None and cosine is not None and _region(data, rewriter) == found[0]:
+                if data is not None and cosine is not None and region(data, rewriter) == found[0]:
                     return _Rotation(data, cosine, sine, found[1])
     return None
 
@@ -282,13 +234,13 @@ def _two_halves(node: ir.Node, rewriter: Rewriter) -> _Rotation | None:
     return _Rotation(whole.value, cosine, sine, False, part)
 
 
-def _product(value: ir.Value | None, rewriter: Rewriter) -> tuple[_Part, ir.Value] | None:
+def _product(value: ir.Value | None, rewriter: Rewriter) -> tuple[Part, ir.Value] | None:
     """A part of the last axis times a table."""
     node = None if value is None else value.producer()
     if node is None or not is_onnx(node, "Mul"):
         return None
     for position in (0, 1):
-        part, table = _region(node.inputs[position], rewriter), node.inputs[1 - position]
+        part, table = region(node.inputs[position], rewriter), node.inputs[1 - position]
         if part is not None and table is not None and part.value is not node.inputs[position]:
             return part, table
     return None
@@ -339,10 +291,10 @@ def _partial(node: ir.Node, rewriter: Rewriter) -> bool:
         return False
     turned, kept = node.inputs
     rotation = None if turned is None else turned.producer()
-    rest = _region(kept, rewriter)
+    rest = region(kept, rewriter)
     if rotation is None or not is_onnx(rotation, "RotaryEmbedding") or rest is None or turned is None:
         return False
-    part = _region(rotation.inputs[0], rewriter)
+    part = region(rotation.inputs[0], rewriter)
     shape = rewriter.shape(rest.value)
     if part is None or part.value is not rest.value or shape is None or len(shape) != 4 or None in shape:
         return False
