@@ -7,6 +7,7 @@ import pathlib
 import sys
 from typing import Any
 
+from mmopt.backends.features import check_features
 from mmopt.errors import UserError, did_you_mean
 from mmopt.runtime.cpu import allowed_cpus, machine, missing_features, running_features
 
@@ -18,6 +19,9 @@ else:
 KINDS = ("cpu", "arm", "cuda")
 
 NATIVE = {"x86_64": "cpu", "aarch64": "arm"}
+
+ALIASES = {"arm": "armv8.2"}
+"""Other names of shipped profiles."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +76,7 @@ def targets_folder() -> pathlib.Path:
 
 def profile_names() -> list[str]:
     """Names ``--target`` accepts."""
-    return sorted(["cpu", *(path.stem for path in targets_folder().glob("*.toml"))])
+    return sorted(["cpu", *ALIASES, *(path.stem for path in targets_folder().glob("*.toml"))])
 
 
 def load_profile(target: str) -> Profile:
@@ -86,7 +90,8 @@ def load_profile(target: str) -> Profile:
     """
     if target == "cpu":
         return native_profile()
-    path = pathlib.Path(target) if target.endswith(".toml") else targets_folder() / f"{target}.toml"
+    name = ALIASES.get(target, target)
+    path = pathlib.Path(target) if target.endswith(".toml") else targets_folder() / f"{name}.toml"
     if not path.is_file():
         hint = did_you_mean(target, profile_names()) if not target.endswith(".toml") else "give the path of a profile"
         raise UserError(f"there is no target {target!r}", hint=hint)
@@ -128,8 +133,7 @@ def _check_type(path: pathlib.Path, key: str, value: object, default: object) ->
 def _check(path: pathlib.Path, profile: Profile) -> None:
     if profile.kind not in KINDS:
         raise UserError(f"unknown kind {profile.kind!r}", where=str(path), hint=did_you_mean(profile.kind, KINDS))
-    if profile.vector_bytes not in (16, 32, 64):
-        raise UserError(f"vector_bytes must be 16, 32 or 64, not {profile.vector_bytes}", where=str(path))
+    check_features(profile.kind, profile.triple, profile.vector_bytes, profile.features, str(path))
     wide = profile.vector_bytes == 64 and profile.kind == "cpu"
     if wide and not any(f.startswith("avx512") for f in profile.features):
         raise UserError("64-byte vectors need avx512f among the features", where=str(path), hint="add it or use 32")

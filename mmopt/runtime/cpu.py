@@ -28,7 +28,10 @@ _KERNEL_NAMES = {
     "crc32": "sse42",
     "sha": "shani",
     "neon": "asimd",
+    "advsimd": "asimd",
     "fparmv8": "fp",
+    "floatingpoint": "fp",
+    "neonhpfp": "fphp",
     "dotprod": "asimddp",
     "fullfp16": "asimdhp",
     "fp16": "asimdhp",
@@ -82,7 +85,8 @@ def _darwin_features() -> list[str]:
         if key.startswith("machdep"):
             names += value.split()
         elif value.strip() == "1":
-            names.append(re.sub(r"^hw\.optional\.(arm\.FEAT_|arm\.)?", "", key))
+            name = _normalize(re.sub(r"^hw\.optional\.(arm\.FEAT_|arm\.)?", "", key))
+            names.append(_KERNEL_NAMES.get(name, name))
     return names
 
 

@@ -12,6 +12,7 @@ from tvm.tirx import compilation_pipeline
 
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.joining import Joined, join_kernels, settle
+from mmopt.backends.features import llvm_switches
 from mmopt.backends.linking import linker_for
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
@@ -38,7 +39,7 @@ def target_of(profile: Profile) -> tvm.target.Target:
         "mcpu": profile.mcpu,
         "num-cores": profile.cores,
     }
-    features = [_WIDE] if profile.vector_bytes == 64 else []
+    features = [_WIDE] if profile.vector_bytes == 64 else llvm_switches(profile.kind, profile.features)
     if features or profile.llvm_features:
         spec["mattr"] = [*features, *profile.llvm_features]
     return tvm.target.Target(spec)
