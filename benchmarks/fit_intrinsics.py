@@ -1,4 +1,4 @@
-"""Recomputes the polynomial coefficients of ``mmopt/backends/cpu/intrinsics.py``.
+"""Recomputes the polynomial coefficients of ``mmopt/backends/cpu/intrinsics.py`` and ``mmopt/lowering/ops/coarse.py``.
 
 Each fit minimizes the relative error of the whole function by weighted least squares on Chebyshev nodes, with
 iteratively re-weighted nodes (Lawson's algorithm), which converges to the minimax polynomial.
@@ -38,6 +38,36 @@ def erf_series(x: np.ndarray) -> np.ndarray:
     from scipy.special import erf
 
     return erf(x)
+
+
+def coarse_gelu(degree: int, bound: float, reach: float = 20.0) -> tuple[float, np.ndarray]:
+    """The odd polynomial t·p(t²), t being x cut off at ± ``bound``, for which x·(½ + t·p) is nearest to Gelu.
+
+    Returns:
+        Its largest error over ``|x| <= reach`` in float32 arithmetic, and the coefficients of p, constant term first.
+    """
+    from scipy.optimize import linprog
+
+    inner = bound * np.sin(np.linspace(0, np.pi / 2, 600))[1:]
+    x = np.concatenate([inner, np.linspace(bound, reach, 60)])
+    t = np.minimum(x, bound)
+    basis = np.stack([t ** (2 * k + 1) for k in range(degree + 1)], 1) * x[:, None]
+    scale, target = np.abs(basis).max(0), x * erf_series(x / np.sqrt(2)) / 2
+    basis, ones = basis / scale, np.ones((len(x), 1))
+    bounds = [(None, None)] * (degree + 1) + [(0, None)]
+    found = linprog(
+        np.eye(degree + 2)[-1],
+        A_ub=np.block([[basis, -ones], [-basis, -ones]]),
+        b_ub=np.concatenate([target, -target]),
+        bounds=bounds,
+    )
+    coefficients = (found.x[:-1] / scale).astype(np.float32)
+    grid = np.linspace(-reach, reach, 400_001).astype(np.float32)
+    low = np.maximum(grid, np.float32(-bound))
+    cut = np.minimum(low, np.float32(bound))
+    value = np.polynomial.polynomial.polyval(cut * cut, coefficients).astype(np.float32)
+    exact = grid * (1 + erf_series(grid.astype(np.float64) / np.sqrt(2))) / 2
+    return float(np.abs(low * (cut * value + np.float32(0.5)) - exact).max()), coefficients
 
 
 def main() -> None:
@@ -89,6 +119,11 @@ def main() -> None:
         return f**3 / np.log1p(np.where(f == 0, 1e-9, f))
 
     show("LOG", fit(log_tail, np.sqrt(0.5) - 1, np.sqrt(2) - 1, 8, log_weight))
+
+    # Φ(x) - ½ for Gelu before quantizing, coarse to fine
+    for degree in range(4, 9):
+        error, bound = min((coarse_gelu(degree, b / 10)[0], b / 10) for b in range(30, 48))
+        print("GELU", error, bound, tuple(float(c) for c in coarse_gelu(degree, bound)[1]))
 
 
 if __name__ == "__main__":

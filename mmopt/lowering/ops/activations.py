@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tvm import tirx
 from tvm.ir import Expr
 
+from mmopt.lowering.ops.coarse import coarse_gelu, step_behind
 from mmopt.lowering.ops.elementwise import Scalar, apply, elementwise, is_float, larger, libm, smaller
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import Value
@@ -164,7 +165,11 @@ def binarizer(node: OpNode) -> Value:
 @lowers("Gelu")
 def gaussian_error_unit(node: OpNode) -> Value:
     """Gelu in the form ``approximate`` names."""
-    return apply(node, [node.input(0)], gelu_tanh if node.attr("approximate", "none") == "tanh" else gelu)
+    tanh, step = node.attr("approximate", "none") == "tanh", step_behind(node)
+    coarse = None if tanh or step is None or node.input(0).dtype != "float32" else coarse_gelu(step)
+    if coarse is not None:
+        return apply(node, [node.input(0)], coarse)
+    return apply(node, [node.input(0)], gelu_tanh if tanh else gelu)
 
 
 @lowers("SwiGLU")

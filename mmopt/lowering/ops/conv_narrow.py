@@ -121,6 +121,15 @@ class IntegerSums:
 
         return self.plan.finished(node, self.total, dtype, centred)
 
+    def scaled(self, node: OpNode, factors: np.ndarray, bias: np.ndarray | None) -> Value:
+        """float32 ``(sum − excess) · factor + bias`` of each channel, in two instructions."""
+        assert self.excess.constant is not None
+        offsets = -self.excess.constant.astype(np.float64) * factors + (0.0 if bias is None else bias.reshape(-1))
+        factor = Value(constant=np.ascontiguousarray(factors), name=f"{node.name}_scales").tensor
+        offset = Value(constant=offsets.astype(np.float32), name=f"{node.name}_offsets").tensor
+        rule = lambda value, channel: value.astype("float32") * factor[channel] + offset[channel]  # noqa: E731
+        return self.plan.finished(node, self.total, "float32", rule)
+
 
 def integer_sums(
     node: OpNode, x: Value, w: Value, x_zero: Value | None, w_zero: Value | None, groups: int, shape: Geometry
@@ -182,6 +191,8 @@ def _dequantized(
     known = x.scale.constant
     if known is not None:
         each = each * np.float32(known.reshape(-1)[0])
+    if known is not None and (bias is None or bias.constant is not None):
+        return sums.scaled(node, each, None if bias is None else bias.constant)
     factors = Value(constant=np.ascontiguousarray(each), name=f"{node.name}_scales").tensor
     step = None if known is not None else node.context.tensor(x.scale)
     addend = None if bias is None else node.context.tensor(bias)

@@ -95,6 +95,11 @@ def integer_product(node: OpNode, a: Value, b: Value, a_zero: Value | None, b_ze
     Returns:
         int32 ``[..., M, N]``; ``None`` when there is no kernel for these operands.
     """
+    made = _integers(node, a, b, a_zero, b_zero)
+    return None if made is None else made.value()
+
+
+def _integers(node: OpNode, a: Value, b: Value, a_zero: Value | None, b_zero: Value | None) -> _Integers | None:
     if a.dtype not in BYTES or b.dtype not in BYTES or b.ndim != 2 or b.constant is None or a.ndim < 2:
         return None
     if any(static(d) == 0 for d in (*a.shape, *b.shape)):
@@ -102,7 +107,7 @@ def integer_product(node: OpNode, a: Value, b: Value, a_zero: Value | None, b_ze
     if (a_zero is not None and not _is_one(a_zero)) or not _per_column(b_zero, b.constant.shape[1]):
         return None
     dot = dot_for(node.context.program.profile, a.dtype, "int8")
-    return None if dot is None else _Integers(node, a, b, a_zero, b_zero, dot).value()
+    return None if dot is None else _Integers(node, a, b, a_zero, b_zero, dot)
 
 
 def _is_one(value: Value) -> bool:
@@ -152,6 +157,32 @@ class _Integers:
 
         return Value(Map(total.shape, "int32", body, "centred"), name=self.node.name)
 
+    def scaled(self, a: Value, b: Value) -> Value | None:
+        """The product times both scales, in two instructions: the zero point becomes a constant of each column.
+
+        Returns:
+            ``None`` unless scales and zero points are known and that of the right operand is 0.
+        """
+        if a.constant is None or b.constant is None or bool(np.any(self.b_zero)):
+            return None
+        if self.a_zero is not None and self.a_zero.constant is None:
+            return None
+        zero = 0 if self.a_zero is None or self.a_zero.constant is None else int(self.a_zero.constant.reshape(-1)[0])
+        excess = zero + (self.dot.shift if self.a.dtype == "int8" else 0)
+        factors = a.constant.reshape(-1).astype(np.float32) * b.constant.reshape(-1).astype(np.float32)
+        factors = np.ascontiguousarray(np.broadcast_to(factors, (self.columns,)))
+        offsets = (-float(excess) * self._column_sums().astype(np.float64) * factors).astype(np.float32)
+        factor = Value(constant=factors, name=f"{b.name}_{a.name}").tensor
+        packed = _operand(self.node, self.a, self.depth, self.dot)
+        total = _tiled(self.node, self.a, packed, self.b, self.dot, "matmul_int8")
+        offset = Value(constant=offsets, name=f"{b.name}_{a.name}_offsets").tensor if excess else None
+
+        def body(*at: Expr) -> Expr:
+            value = total[at].astype("float32") * factor[at[-1]]
+            return value if offset is None else value + offset[at[-1]]
+
+        return Value(Map(total.shape, "float32", body, "scaled"), name=self.node.name)
+
     def _row(self, at: Sequence[Expr]) -> Expr:
         position: Expr = i64(0)
         for i, extent in zip(at[:-1], self.shape[:-1], strict=True):
@@ -200,8 +231,11 @@ def _quantized_product(node: OpNode, a: Quantized, b: Quantized) -> Value | None
         return None
     if a.zero is not None and a.zero.dtype != a.value.dtype:
         return None
-    total = integer_product(node, a.value, b.value, a.zero, b.zero)
-    return None if total is None else _scaled(node, total, a.scale, b.scale)
+    made = _integers(node, a.value, b.value, a.zero, b.zero)
+    if made is None:
+        return None
+    known = made.scaled(a.scale, b.scale)
+    return known or _scaled(node, made.value(), a.scale, b.scale)
 
 
 def _scaled(node: OpNode, total: Value, a: Value, b: Value) -> Value:

@@ -13,6 +13,7 @@ from mmopt.backends.compute import SUM, Map, Reduction
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops import products
 from mmopt.lowering.ops.casting import saturated
+from mmopt.lowering.ops.coarse import can_requantize, is_rounded, requantized
 from mmopt.lowering.ops.conv import geometry
 from mmopt.lowering.ops.conv_narrow import IntegerSums, integer_sums
 from mmopt.lowering.ops.elementwise import accumulator, broadcast_index, broadcast_shape
@@ -94,8 +95,14 @@ def quantize_linear(node: OpNode) -> Value:
     offset = parameter(node, zero, data) if zero is not None else None
     wide = "float64" if data.dtype == "float64" else "float32"
 
+    source = node.node.inputs[0]
+    computed = wide == "float32" and bits is None and source is not None and is_rounded(source)
+
     def rule(x: Expr, at: Sequence[Expr]) -> Expr:
-        return rounded(x.astype(wide), step(at).astype(wide), offset(at) if offset is not None else None, dtype, bits)
+        width, shift = step(at).astype(wide), offset(at) if offset is not None else None
+        if computed and can_requantize(width, shift, dtype):
+            return requantized(x, float(width.value), 0 if shift is None else int(shift.value), dtype)
+        return rounded(x.astype(wide), width, shift, dtype, bits)
 
     made = _each(node, data, dtype, rule, "quantize")
     made.bits = bits

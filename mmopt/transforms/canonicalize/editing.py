@@ -213,3 +213,11 @@ def new_initializer(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir
     tensor.name = name
     graph.register_initializer(value)
     return value
+
+
+def drop_unused(value: ir.Value | None) -> None:
+    """Remove an initializer that nothing reads any more; anything else stays."""
+    if value is None or value.uses() or value.is_graph_input() or value.is_graph_output():
+        return
+    if value.is_initializer() and value.graph is not None:
+        del value.graph.initializers[str(value.name)]

@@ -9,7 +9,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.transforms.canonicalize.editing import Array, Names, integer, is_onnx, new_initializer, tensor_of
+from mmopt.transforms.canonicalize.editing import (
+    Array,
+    Names,
+    drop_unused,
+    integer,
+    is_onnx,
+    new_initializer,
+    tensor_of,
+)
 from mmopt.transforms.quantize.layers import Layer
 from mmopt.transforms.quantize.qdq import redirect
 
@@ -52,6 +60,7 @@ def add_to_bias(layer: Layer, offset: Array, names: Names) -> None:
         value = new_initializer(graph, ir.tensor(data), names.fresh(f"{layer.weight.name}_bias"))
         if len(node.inputs) > 2:
             node.replace_input_with(2, value)
+            drop_unused(bias)
         else:
             node.resize_inputs(3)
             node.replace_input_with(2, value)

@@ -77,8 +77,7 @@ class Quantizer:
         graph.insert_before(users[0], wide)
         for user in users:
             redirect(user, value, wide.outputs[0])
-        if not value.uses() and value.is_initializer() and not value.is_graph_input() and value.graph is not None:
-            del value.graph.initializers[str(value.name)]
+        editing.drop_unused(value)
 
     def _parameters(self, graph: ir.Graph, value: ir.Value, encoding: Encoding) -> list[ir.Value]:
         name = self._names.fresh(f"{value.name}_scale")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from mmopt.ir.module import Module
-from mmopt.transforms.canonicalize.editing import Array, Names, is_onnx, new_initializer, tensor_of
+from mmopt.transforms.canonicalize.editing import Array, Names, drop_unused, is_onnx, new_initializer, tensor_of
 from mmopt.transforms.quantize.layers import Layer, layers
 
 _NORMS = ("LayerNormalization", "RMSNormalization")
@@ -55,14 +55,47 @@ class Writer:
     """Gives operators scaled copies of their constants."""
 
     def __init__(self, module: Module) -> None:
-        self._names = Names(module.model)
+        self.names = Names(module.model)
         self._graph = module.graph
         self.changed = False
 
-    def scale_norm(self, norm: ir.Node, scales: Array) -> None:
-        """Divide what a norm gives by ``scales``."""
-        for position in range(1, len(norm.inputs)):
-            self._replace(norm, position, lambda data: data / scales)
+    def scale_norm(self, norm: ir.Node, scales: Array, shifts: Array | None = None) -> None:
+        """Take ``shifts`` from what a norm gives and divide it by ``scales``."""
+        offset = np.zeros_like(scales) if shifts is None else shifts
+        self._replace(norm, 1, lambda data: data / scales)
+        if len(norm.inputs) > 2 and norm.inputs[2] is not None:
+            self._replace(norm, 2, lambda data: (data - offset) / scales)
+        elif offset.any():
+            value = self._constant(f"{norm.outputs[0].name}_bias", -offset / scales)
+            if len(norm.inputs) < 3:
+                norm.resize_inputs(3)
+            norm.replace_input_with(2, value)
+
+    def insert(self, value: ir.Value, users: list[ir.Node], scales: Array, shifts: Array) -> None:
+        """Have ``users`` read ``value`` less ``shifts`` and divided by ``scales``, along the last axis."""
+        steps = [("Mul", 1 / scales), *([("Add", -shifts / scales)] if shifts.any() else [])]
+        nodes, source = [], value
+        for op_type, data in steps:
+            name = self.names.fresh(f"{value.name}_smoothed")
+            result = ir.Value(name=name, type=value.type, shape=value.shape)
+            constant = self._constant(f"{name}_by", data)
+            nodes.append(
+                ir.Node("", op_type, [source, constant], outputs=[result], name=self.names.fresh(f"{name}_node"))
+            )
+            source = result
+        producer = value.producer()
+        if producer is None:
+            self._graph.insert_before(next(iter(self._graph)), nodes)
+        else:
+            self._graph.insert_after(producer, nodes)
+        for user in users:
+            for position, operand in enumerate(user.inputs):
+                if operand is value:
+                    user.replace_input_with(position, source)
+
+    def _constant(self, name: str, data: Array) -> ir.Value:
+        self.changed = True
+        return new_initializer(self._graph, ir.tensor(data.astype(np.float32)), self.names.fresh(name))
 
     def scale_depth(self, layer: Layer, scales: Array) -> None:
         """Multiply the weights of each channel of input."""
@@ -83,8 +116,9 @@ class Writer:
         changed = change(data.astype(np.float64)).astype(data.dtype)
         if np.array_equal(changed, data):
             return
-        name = self._names.fresh(f"{value.name}_rescaled")
+        name = self.names.fresh(f"{value.name}_rescaled")
         node.replace_input_with(position, new_initializer(self._graph, ir.tensor(changed), name))
+        drop_unused(value)
         self.changed = True
 
 
