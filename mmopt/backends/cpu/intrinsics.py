@@ -64,6 +64,9 @@ _LOG = (
     0.0674663856625557,
 )
 
+Keep = Callable[[Expr], Expr]
+"""Stores a value for repeated use and gives the expression that reads it."""
+
 _EXP2 = (
     1.0,
     0.6931470036506653,
@@ -140,7 +143,7 @@ def exp(x: Expr) -> Expr:
     return _let(x, whole)
 
 
-def exp2_below_zero(x: Expr, keep: Callable[[Expr], Expr]) -> Expr:
+def exp2_below_zero(x: Expr, keep: Keep) -> Expr:
     """2^x for x ≤ 0, the exponential of a softmax: within 2 units in the last place down to 2^-126, 0 from 2^-127 on.
 
     Half the instructions of :func:`exp`: adding 1.5 · 2^23 leaves round(x) in the last bits of the sum, from where a
@@ -156,6 +159,49 @@ def exp2_below_zero(x: Expr, keep: Callable[[Expr], Expr]) -> Expr:
     value = keep(_polynomial(keep(x - (rounded - magic)), _EXP2))
     shifted = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23))
     return tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted)
+
+
+def _exponent(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
+    """``(n, r)`` with e^x = 2^n · e^r and |r| ≤ ln2/2, for |x| ≤ 88; n is left in the last bits of a float."""
+    magic = _c(x, 12582912.0)
+    rounded = keep(x * _c(x, 1.4426950408889634) + magic)
+    return rounded, keep(_rest(x, keep(rounded - magic)))
+
+
+def _within(x: Expr, bound: float) -> Expr:
+    """``x`` cut off at ± ``bound``; NaN stays NaN in this order."""
+    return tirx.max(_c(x, -bound), tirx.min(_c(x, bound), x))
+
+
+def sigmoid_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
+    """1 and 1 + e^-x: the sigmoid as a quotient, within 3 units in the last place down to 1e-38.
+
+    A third of the instructions of :func:`sigmoid`, and a product of several quotients needs but one division.
+
+    Args:
+        x: A float32 expression.
+        keep: Stores a value for repeated use and gives the expression that reads it.
+    """
+    bounded = keep(_within(_c(x, 0.0) - x, 88.0))
+    rounded, r = _exponent(bounded, keep)
+    value = keep(_polynomial(r, _EXP) * (r * r) + r + _c(x, 1.0))
+    shifted = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23))
+    return _c(x, 1.0), keep(tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted) + _c(x, 1.0))
+
+
+def tanh_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
+    """1 − e^-2x and 1 + e^-2x through e^-2x − 1: tanh as a quotient, within 4 units in the last place.
+
+    Args:
+        x: A float32 expression.
+        keep: Stores a value for repeated use and gives the expression that reads it.
+    """
+    bounded = keep(_within(x * _c(x, -2.0), 18.5))
+    rounded, r = _exponent(bounded, keep)
+    bits = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23)) + _int(x, 127 << 23)
+    power = keep(tirx.reinterpret(str(x.ty), bits))
+    less_one = keep((_polynomial(r, _EXP) * (r * r) + r) * power + (power - _c(x, 1.0)))
+    return _c(x, 0.0) - less_one, less_one + _c(x, 2.0)
 
 
 def _rest(x: Expr, n: Expr) -> Expr:

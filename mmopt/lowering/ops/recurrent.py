@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Map, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
+from mmopt.backends.cpu.intrinsics import sigmoid_quotient, tanh_quotient
 from mmopt.backends.cpu.kernels.recurrent import BLOCK, Cell, Point, Recurrence, candidates
 from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.cpu.loops import i64, keep, seq, static
@@ -20,6 +22,32 @@ from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
 
 Activation = Callable[[Expr], Expr]
+
+Keep = Callable[[Expr], Expr]
+"""Stores a value for repeated use and gives the expression that reads it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Quotient:
+    """A value that is still to be divided, so that a product of several is divided once.
+
+    Attributes:
+        top: Numerator.
+        bottom: Denominator, or None for 1.
+    """
+
+    top: Expr
+    bottom: Expr | None = None
+
+    @property
+    def value(self) -> Expr:
+        return self.top if self.bottom is None else self.top / self.bottom
+
+    def times(self, other: Quotient) -> Quotient:
+        """The product."""
+        if self.bottom is None or other.bottom is None:
+            return Quotient(self.top * other.top, self.bottom if other.bottom is None else other.bottom)
+        return Quotient(self.top * other.top, self.bottom * other.bottom)
 
 
 def _const(x: Expr, value: float) -> Expr:
@@ -96,11 +124,17 @@ class _Layer:
             made.append(activation(name, alpha, beta))
         return [made[d * count : (d + 1) * count] for d in range(self.directions)]
 
-    def act(self, which: int, direction: int, x: Expr) -> Expr:
+    def act(self, which: int, direction: int, x: Expr, bind: _Bindings) -> Quotient:
         """Activation ``which`` of a direction, after clipping."""
         if self.clip is not None:
             x = tirx.max(tirx.min(x, _const(x, self.clip)), _const(x, -self.clip))
-        return self.activations[direction][which](x)
+        return self.squash(which, direction, x, bind)
+
+    def squash(self, which: int, direction: int, x: Expr, bind: _Bindings) -> Quotient:
+        """Activation ``which`` of a direction."""
+        function = self.activations[direction][which]
+        as_quotient = _QUOTIENTS.get(function) if str(x.ty) == "float32" else None
+        return Quotient(function(x)) if as_quotient is None else Quotient(*as_quotient(bind(x), bind))
 
     def state(self, position: int) -> Tensor | None:
         """An initial state as ``[directions, batch, H]`` in memory."""
@@ -262,6 +296,11 @@ class _Bindings:
         return kept
 
 
+_QUOTIENTS: dict[Activation, Callable[[Expr, Keep], tuple[Expr, Expr]]] = {
+    tirx.sigmoid: sigmoid_quotient,
+    tirx.tanh: tanh_quotient,
+}
+
 _WITH_ALPHA = {"affine", "leakyrelu", "thresholdedrelu", "scaledtanh", "hardsigmoid", "elu"}
 _WITH_BETA = {"affine", "scaledtanh", "hardsigmoid"}
 
@@ -292,13 +331,17 @@ def lstm(node: OpNode) -> list[Value]:
     def update(point: Point, products: Sequence[Expr]) -> Stmt:
         c, d, bind = point.c, point.direction, _Bindings()
         assert c is not None
-        i = bind(layer.act(0, d, total(point, 0, products[0], peep(point, 0, c))))
-        f = bind(_const(i, 1) - i if coupled else layer.act(0, d, total(point, 2, products[2], peep(point, 2, c))))
-        g = bind(layer.act(1, d, total(point, 3, products[3], None)))
-        new_c = bind(f * c + i * g)
-        o = bind(layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c))))
-        squashed = bind(layer.activations[d][2](new_c))
-        return seq(*bind.statements, point.set_c(new_c), point.set_h(o * squashed))
+        i = layer.act(0, d, total(point, 0, products[0], peep(point, 0, c)), bind)
+        if coupled:
+            i = Quotient(bind(i.value))
+            f = bind(_const(c, 1) - i.top)
+        else:
+            f = bind(layer.act(0, d, total(point, 2, products[2], peep(point, 2, c)), bind).value)
+        g = layer.act(1, d, total(point, 3, products[3], None), bind)
+        new_c = bind(f * c + i.times(g).value)
+        o = layer.act(0, d, total(point, 1, products[1], peep(point, 1, new_c)), bind)
+        new_h = o.times(layer.squash(2, d, new_c, bind)).value
+        return seq(*bind.statements, point.set_c(new_c), point.set_h(new_h))
 
     cell = Cell(gates=4, late=0, cell_state=True, update=update)
     x = layer.projected([(g, g) for g in range(4)] + [(g, 4 + g) for g in range(4)])
@@ -323,21 +366,22 @@ def gru(node: OpNode) -> list[Value]:
 
     def together(point: Point, products: Sequence[Expr]) -> Stmt:
         d, bind = point.direction, _Bindings()
-        z = bind(layer.act(0, d, point.x(0) + products[0]))
-        r = bind(layer.act(0, d, point.x(1) + products[1]))
+        z = bind(layer.act(0, d, point.x(0) + products[0], bind).value)
+        r = bind(layer.act(0, d, point.x(1) + products[1], bind).value)
         candidate = bind(point.x(2) + r * (products[2] + hidden_bias(point)))
-        return blend(point, bind, z, bind(layer.act(1, d, candidate)))
+        return blend(point, bind, z, bind(layer.act(1, d, candidate, bind).value))
 
     def first(point: Point, products: Sequence[Expr]) -> Stmt:
         d, bind = point.direction, _Bindings()
-        z = bind(layer.act(0, d, point.x(0) + products[0]))
-        r = bind(layer.act(0, d, point.x(1) + products[1]))
+        z = bind(layer.act(0, d, point.x(0) + products[0], bind).value)
+        r = bind(layer.act(0, d, point.x(1) + products[1], bind).value)
         return seq(*bind.statements, point.set_first(z, r * point.h))
 
     def second(point: Point, products: Sequence[Expr]) -> Stmt:
         assert point.z is not None
         bind = _Bindings()
-        return blend(point, bind, point.z, bind(layer.act(1, point.direction, point.x(2) + products[0])))
+        n = layer.act(1, point.direction, point.x(2) + products[0], bind)
+        return blend(point, bind, point.z, bind(n.value))
 
     recurrent_biases = [(0, 3), (1, 4)] + ([] if after else [(2, 5)])
     x = layer.projected([(g, g) for g in range(3)] + recurrent_biases)
@@ -354,7 +398,9 @@ def rnn(node: OpNode) -> list[Value]:
     layer = _Layer(node, 1, ("Tanh",))
 
     def update(point: Point, products: Sequence[Expr]) -> Stmt:
-        return point.set_h(layer.act(0, point.direction, point.x(0) + products[0]))
+        bind = _Bindings()
+        new_h = layer.act(0, point.direction, point.x(0) + products[0], bind).value
+        return seq(*bind.statements, point.set_h(new_h))
 
     cell = Cell(gates=1, late=0, cell_state=False, update=update)
     return layer.run(cell, layer.projected([(0, 0), (0, 1)]), None, ())

@@ -23,7 +23,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, typical
-from mmopt.backends.cpu.kernels.tile import RegisterTile, most_rows
+from mmopt.backends.cpu.kernels.tile import LINE, RegisterTile, fetch, most_rows
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, shared, static, team, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
@@ -363,7 +363,7 @@ class _Run:
             def lane(v: Expr) -> Stmt:
                 return self._unit(t, panel, i, v, [products[i, g * lanes + v] for g in range(gates)], update)
 
-            return loop(used, lane, "vectorized", "v")
+            return seq(self._fetch_inputs(t, panel, i), loop(used, lane, "vectorized", "v"))
 
         full, rest = divmod(nest.hidden, lanes)
         done = loop(self.count, lambda i: finish(i, lanes), name="i") if full else None
@@ -371,6 +371,23 @@ class _Run:
             last = loop(self.count, lambda i: finish(i, rest), name="i")
             done = last if done is None else when(panel < full, done, last)
         return seq(tirx.AllocBuffer(products), loop(gates // vectors, group, name="group"), done)
+
+    def _fetch_inputs(self, t: Expr, panel: Expr, i: Expr) -> Stmt:
+        """Start to load what the next panel, or the first of the next step, needs of a row's inputs."""
+        nest = self.nest
+        last = panel.equal(i64(nest.panels - 1))
+        step, _ = self._place(t + tirx.Select(last, i64(1), i64(0)), self.first + i)
+        at = (step, self.first + i, i64(self.direction), tirx.Select(last, i64(0), panel + 1))
+        size = nest.lanes * itemsize(nest.x.dtype)
+        used = range(0, (static(nest.x.shape[4]) or 1) * size, LINE)
+        return seq(*(fetch(nest.x[(*at, i64(o // size), i64(o % size // itemsize(nest.x.dtype)))]) for o in used))
+
+    def _place(self, t: Expr, row: Expr) -> tuple[Expr, Expr | None]:
+        """Which of its inputs a sequence has at a step, and whether it goes on that long, if it may not."""
+        lengths = self.nest.lengths
+        length = self.nest.steps if lengths is None else lengths[(row,)].astype("int64")
+        live = None if lengths is None else t < length
+        return (length - 1 - t) if self.nest.backward[self.direction] else t, live
 
     def _tiles(self, tile: Callable[[Expr, int], Stmt]) -> Stmt:
         """``tile(first row, height)`` over the rows: balanced when their number is known, else by powers of two."""
@@ -403,11 +420,8 @@ class _Run:
         nest = self.nest
         old = tirx.floormod(t, i64(2))
         unit = panel * nest.lanes + v
-        backward = nest.backward[self.direction]
         row = self.first + i
-        length = nest.steps if nest.lengths is None else nest.lengths[(row,)].astype("int64")
-        live = None if nest.lengths is None else t < length
-        where = (length - 1 - t) if backward else t
+        where, live = self._place(t, row)
         read_at = where if live is None else tirx.max(where, i64(0))
         new = i64(1) - old
         before = self.h[old, i, unit]
