@@ -141,8 +141,7 @@ class Space:
     def _is_private(self, value: ir.Value) -> bool:
         known = self._private.get(value)
         if known is None:
-            tensor = ir.convenience.get_const_tensor(value)
-            known = self._private[value] = tensor is not None and len(value.uses()) > 1 and _is_plain(tensor)
+            known = self._private[value] = has_copies(value)
         return known
 
     # -- what rules say --------------------------------------------------------------------------------------------
@@ -240,6 +239,12 @@ def _constant_integers(value: ir.Value) -> list[int] | None:
     if tensor is None or len(tensor.shape) > 1 or tensor.dtype not in (ir.DataType.INT64, ir.DataType.INT32):
         return None
     return [int(i) for i in np.asarray(tensor.numpy()).reshape(-1)]
+
+
+def has_copies(value: ir.Value) -> bool:
+    """Whether every reader of a constant gets axes, and where they are cut a copy, of its own."""
+    tensor = ir.convenience.get_const_tensor(value)
+    return tensor is not None and len(value.uses()) > 1 and not value.is_graph_output() and _is_plain(tensor)
 
 
 def _is_plain(tensor: ir.TensorProtocol) -> bool:
