@@ -20,6 +20,7 @@ from mmopt.analysis.shapes import ShapeFacts, infer_shapes
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Pass, PassContext
 from mmopt.transforms.canonicalize import editing
+from mmopt.transforms.canonicalize.bodies import spill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,37 +74,17 @@ class _Simplifier:
         return elements[0] if elements and len(elements) == 1 and isinstance(elements[0], int) else None
 
     def _inline_branch(self, node: ir.Node) -> list[ir.Node] | None:
-        condition, graph = self._known(node.inputs[0]), node.graph
+        condition = self._known(node.inputs[0])
         attribute = node.attributes.get("then_branch" if condition else "else_branch")
-        if condition is None or graph is None or attribute is None or attribute.is_ref():
+        if condition is None or node.graph is None or attribute is None or attribute.is_ref():
             return None
-        body, names = attribute.as_graph(), self._fresh
-        results = list(body.outputs)
-        body.outputs.clear()
-        for value in list(body.initializers.values()):
-            del body.initializers[str(value.name)]
-            if names.is_shared(value.name) or value.name in graph.initializers:
-                value.name = names.fresh(str(value.name))
-            graph.register_initializer(value)
-        nodes = list(body)
-        body.remove(nodes)
-        for inner in nodes:
-            self._rename(inner)
-        graph.insert_before(node, nodes)
+        nodes, results = spill(attribute.as_graph(), node, self._fresh)
         self._replace(node, results)
         side = "then" if condition else "else"
         self._owner.remark(
             self._context, "applied", node.name or "", f"The condition is constant: the {side} branch stays."
         )
         return nodes
-
-    def _rename(self, node: ir.Node) -> None:
-        """Give values and nodes names that nothing in the graph they move to has."""
-        if self._fresh.is_shared(node.name):
-            node.name = self._fresh.fresh(node.name or node.op_type)
-        for output in node.outputs:
-            if output.name != "" and self._fresh.is_shared(output.name):
-                output.name = self._fresh.fresh(output.name or node.op_type)
 
     def _remove_loop(self, node: ir.Node) -> bool:
         trips, condition = self._known(node.inputs[0]), self._known(node.inputs[1])

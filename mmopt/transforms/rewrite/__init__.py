@@ -5,8 +5,19 @@ from __future__ import annotations
 from mmopt.transforms.rewrite.absorb_pads import AbsorbPads
 from mmopt.transforms.rewrite.drop_expands import DropExpands
 from mmopt.transforms.rewrite.fold_affine import FoldAffine
+from mmopt.transforms.rewrite.hoist_invariants import HoistInvariants
 from mmopt.transforms.rewrite.merge_projections import MergeProjections
 from mmopt.transforms.rewrite.merge_slices import MergeSlices
 from mmopt.transforms.rewrite.sink_transposes import SinkTransposes
+from mmopt.transforms.rewrite.unroll_loops import UnrollLoops
 
-__all__ = ["AbsorbPads", "DropExpands", "FoldAffine", "MergeProjections", "MergeSlices", "SinkTransposes"]
+__all__ = [
+    "AbsorbPads",
+    "DropExpands",
+    "FoldAffine",
+    "HoistInvariants",
+    "MergeProjections",
+    "MergeSlices",
+    "SinkTransposes",
+    "UnrollLoops",
+]
