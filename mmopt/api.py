@@ -158,7 +158,7 @@ def optimize(
     from mmopt.analysis.calibration import GIVEN, RANDOM, made_up
     from mmopt.pipeline.manager import PassManager
 
-    chosen = choose_recipe(level, precision, recipe, passes)
+    chosen = choose_recipe(level, precision, recipe, passes, target)
     settings = chosen.merged(validate=validate, strict=strict, seed=seed)
     result = module.clone()
     if chosen_precision(chosen, precision) in NARROW:
@@ -192,8 +192,9 @@ def choose_recipe(
     precision: str | None = None,
     recipe: str | os.PathLike[str] | Recipe | None = None,
     passes: Sequence[Pass | str] = (),
+    target: str = "",
 ) -> Recipe:
-    """The recipe that :func:`optimize` runs for these arguments.
+    """The recipe that :func:`optimize` runs for these arguments, for any runtime when no target is given.
 
     Raises:
         UserError: An unknown level, precision, recipe, pass or option.
@@ -213,7 +214,7 @@ def choose_recipe(
         chosen = load_recipe(str(recipe or _LEVEL_RECIPES[level]), extra=specs)
         objects = [pass_ for pass_ in passes if not isinstance(pass_, str)]
     phases = [Phase("given", tuple(objects))] if objects else []
-    if rounding := _rounding(chosen, chosen_precision(chosen, precision)):
+    if rounding := _rounding(chosen, chosen_precision(chosen, precision), target):
         phases.append(Phase("precision", rounding))
     for phase in phases:
         chosen = dataclasses.replace(chosen, phases=before_fusion(chosen.phases, phase))
@@ -225,8 +226,10 @@ def chosen_precision(recipe: Recipe, given: str | None) -> str:
     return str(given or recipe.settings.get("precision", "fp32"))
 
 
-def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
-    """The pass that brings ``precision``, when the recipe lacks it.
+def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
+    """The passes that bring ``precision``, when the recipe lacks them.
+
+    What is quantized has attention read bfloat16 where ``target`` multiplies it: its softmax has no integers.
 
     Raises:
         UserError: No pass here or in the recipe does.
@@ -238,8 +241,10 @@ def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
     if precision == "int8":
         from mmopt.transforms.quantize import QuantizeStatic
 
-        taken = any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes)
-        return () if taken else (QuantizeStatic(),)
+        if any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes):
+            return ()
+        narrow = (NarrowFloats(kinds=("Attention",)),) if target and _multiplies_bf16(target) else ()
+        return (QuantizeStatic(), *narrow)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)
@@ -251,13 +256,16 @@ def _rounding(recipe: Recipe, precision: str) -> tuple[Pass, ...]:
     )
 
 
+def _multiplies_bf16(target: str) -> bool:
+    from mmopt.backends.profile import load_profile
+
+    return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(load_profile(target).features))
+
+
 def _note_arithmetic(module: Module, target: str, precision: str) -> None:
     """Say what a narrow format is good for on a target that has no arithmetic in it. It is used all the same: weights
     and stored values take half the memory, and the model means the same wherever it runs."""
-    from mmopt.backends.profile import load_profile
-
-    features = load_profile(target).features
-    if precision == "fp16" or not {"avx512_bf16", "amx_bf16", "bf16"} & set(features):
+    if precision == "fp16" or not _multiplies_bf16(target):
         module.remark(
             "narrow-floats",
             "note",

@@ -106,7 +106,8 @@ class Job:
 
     def __init__(self, request: Request, show: Output) -> None:
         self._request, self._show = request, show
-        self._recipe: Recipe = choose_recipe(request.level, request.precision, request.recipe, request.passes)
+        target = "" if _emit(request) == "onnx" else request.target or "cpu"
+        self._recipe: Recipe = choose_recipe(request.level, request.precision, request.recipe, request.passes, target)
         self._settings = self._recipe.merged(
             validate=request.validate,
             strict=request.strict,

@@ -28,6 +28,35 @@ class Heads:
     flat: bool = False
     scale: float | None = None
     spread: float = 1.0
+    mask: str = ""
+
+
+def masked(s: Heads, random: np.random.Generator) -> np.ndarray | None:
+    """A mask over the keys (``row``) or over all pairs (``full``), of flags or numbers; one row is closed to all."""
+    if not s.mask:
+        return None
+    kind, dtype = s.mask.split()
+    shape = (s.batch, 1, 1, s.keys) if kind == "row" else (1, s.heads, s.queries, s.keys)
+    opened = random.random(shape) < 0.7
+    opened[..., 0] = True
+    if kind == "full":
+        opened[0, 0, 3] = False
+    if dtype == "bool":
+        return opened
+    closed = np.float32(-np.inf if dtype == "inf" else np.finfo(np.float32).min)
+    return np.where(opened, random.standard_normal(shape).astype(np.float32), closed)
+
+
+def softmax(scores: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """Zeros where nothing is open."""
+    if mask is None:
+        return np.asarray(scipy.special.softmax(scores, axis=-1))
+    # Added in float32, as the standard has it: beside the lowest number a score vanishes.
+    added = np.where(mask, 0, -np.inf) if mask.dtype == bool else mask
+    total = (scores.astype(np.float32) + added.astype(np.float32)).astype(np.float64)
+    top = np.maximum(total.max(axis=-1, keepdims=True), np.finfo(np.float32).min)
+    weights = np.exp(total - top)
+    return weights / np.maximum(weights.sum(axis=-1, keepdims=True), 1e-300)
 
 
 def example(s: Heads) -> Example:
@@ -37,14 +66,16 @@ def example(s: Heads) -> Example:
     exact = [a.astype(ml_dtypes.bfloat16).astype(np.float64) for a in (q, k, v)]
     wide = [np.repeat(a, s.heads // a.shape[1], axis=1) for a in exact]
     scale = 1 / np.sqrt(s.size) if s.scale is None else s.scale
-    want = scipy.special.softmax(wide[0] @ wide[1].swapaxes(2, 3) * scale, axis=-1) @ wide[2]
+    mask = masked(s, random)
+    want = softmax(wide[0] @ wide[1].swapaxes(2, 3) * scale, mask) @ wide[2]
     attributes: dict[str, object] = {} if s.scale is None else {"scale": s.scale}
     feeds = {"q": q, "k": k, "v": v}
     if s.flat:
         attributes |= {"q_num_heads": s.heads, "kv_num_heads": s.kv_heads}
         feeds = {n: a.swapaxes(1, 2).reshape(s.batch, a.shape[2], -1) for n, a in feeds.items()}
         want = want.swapaxes(1, 2).reshape(s.batch, s.queries, -1)
-    node = helper.make_node("Attention", ["q", "k", "v"], ["y"], **attributes)
+    feeds |= {} if mask is None else {"mask": mask}
+    node = helper.make_node("Attention", list(feeds), ["y"], **attributes)
     return Example(str(s), model_of([node], feeds, ["y"], {}, opset=23), feeds, [want.astype(np.float32)])
 
 
@@ -57,6 +88,10 @@ SHAPES = [
     Heads(50, 47, size=32, value_size=96, flat=True),
     Heads(40, 1000, size=128, value_size=128, heads=1, kv_heads=1),
     Heads(40, 520, scale=1.0, spread=3.0),
+    Heads(64, 128, flat=True, batch=2, mask="row float"),
+    Heads(50, 300, mask="full float"),
+    Heads(50, 300, mask="full bool"),
+    Heads(40, 520, mask="full inf", scale=0.3, spread=3.0),
 ]
 
 
@@ -72,5 +107,6 @@ def test_the_template_is_used_where_it_fits() -> None:
         return Programs([narrowed(example(s).model)], level(QUICK)).templates
 
     assert "attention_bf16" in templates(SHAPES[1])
+    assert "attention_bf16" in templates(SHAPES[-3])
     assert "attention" in templates(Heads(8, 300)), "fewer rows than a tile"
     assert "attention" in templates(Heads(64, 64, size=48)), "features that do not fill a panel"

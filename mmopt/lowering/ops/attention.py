@@ -53,13 +53,13 @@ def attention(node: OpNode) -> list[Value]:
 def _narrow(node: OpNode, rules: Rules) -> DotAttention | None:
     """The template for operands widened from bfloat16, where nothing but the scores is asked for."""
     narrow = [node.input(n).narrow for n in range(3)]
-    if any(node.optional(n) is not None for n in range(3, 7)) or rules.causal or rules.softcap:
+    if any(node.optional(n) is not None for n in range(4, 7)) or rules.causal or rules.softcap:
         return None
     heads = [node.attr("q_num_heads", 0)] + [node.attr("kv_num_heads", 0)] * 2
     operands = [_split(node, value, count) for value, count in zip(narrow, heads, strict=True) if value is not None]
     if len(operands) < 3:
         return None
-    return narrow_attention(node, operands, rules.scale, _order(node))
+    return narrow_attention(node, operands, rules.scale, _order(node), _mask(node, node.optional(3)))
 
 
 def _check(node: OpNode) -> None:

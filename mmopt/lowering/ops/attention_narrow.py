@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmopt.backends.compute import Tensor
 from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
 from mmopt.backends.cpu.dot import dot_for
 from mmopt.backends.cpu.kernels.attention_dot import PANEL, DotAttention
@@ -15,17 +16,21 @@ BLOCK = 256
 """Keys of a block: the scores of a tile of rows stay in the first-level cache."""
 
 
-def narrow_attention(node: OpNode, operands: Sequence[Value], scale: float, order: str) -> DotAttention | None:
-    """Unmasked attention computed in bfloat16.
+def narrow_attention(
+    node: OpNode, operands: Sequence[Value], scale: float, order: str, mask: Tensor | None = None
+) -> DotAttention | None:
+    """Attention computed in bfloat16.
 
     Args:
         node: The node being lowered.
         operands: Q, K and V as ``[batch, heads, sequence, size]``, bfloat16.
         scale: Factor of the scores.
         order: Axes of the result.
+        mask: Of four axes, if any.
 
     Returns:
-        ``None`` when there is no kernel: symbolic lengths, sizes that do not fill panels, or no instruction.
+        ``None`` when there is no kernel: symbolic lengths, sizes that do not fill panels, a mask that ends before the
+        keys do or is of another type, or no instruction.
     """
     context = node.context
     q, k, v = operands
@@ -38,11 +43,17 @@ def narrow_attention(node: OpNode, operands: Sequence[Value], scale: float, orde
     heads, queries, size, keys, _, value_size = (s or 0 for s in sizes)
     if queries < dot.most_rows[1] or keys < PANEL or size % PANEL or value_size % PANEL:
         return None
+    if mask is not None and (mask.dtype not in ("bool", "float32") or static(mask.shape[3]) != keys):
+        return None
+    if mask is not None and static(mask.shape[2]) not in (1, queries):
+        return None
     batch = dim(q.shape[0])
     dims = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "size": size, "value_size": value_size}
+    dims |= {} if mask is None else {"mask": 1}
     work = 2.0 * typical(batch, 1) * heads * queries * keys * (size + value_size)
     workload = Workload("attention_bf16", tuple(dims.items()), ("bfloat16", "float32"), work)
     options = [Candidate({"keys": block}, work / 2 / dot.rate * 2) for block in (BLOCK, 2 * BLOCK, BLOCK // 2)]
     best = context.program.chooser.choose(workload, options)
     tensors = [context.tensor(value) for value in operands]
-    return DotAttention(*tensors, scale=scale, dot=dot, keys=best.number("keys"), order=order, workload=workload)
+    block = best.number("keys")
+    return DotAttention(*tensors, scale=scale, dot=dot, keys=block, order=order, workload=workload, mask=mask)

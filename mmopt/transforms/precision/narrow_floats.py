@@ -66,11 +66,13 @@ class NarrowFloats(Pass):
 
     Attributes:
         format: The number format.
+        kinds: Operators that read narrow numbers; all when empty.
     """
 
     fidelity = Fidelity.LOSSY
 
     format: Literal["bf16", "fp16"] = "bf16"
+    kinds: tuple[str, ...] = ()
 
     def error_bound(self) -> float:
         """What rounding in the format costs a whole network."""
@@ -91,7 +93,7 @@ class NarrowFloats(Pass):
     def _choice(self, module: Module, context: PassContext) -> Choice:
         """What to round: everything the format can hold."""
         kind = FORMATS[self.format]
-        choice = choose(module.model)
+        choice = choose(module.model, kinds=self.kinds)
         wide = {value for value in choice.values if not _holds(value, kind)}
         reason = f"a weight has numbers that {self.format} cannot hold"
         if self.format == "fp16":
@@ -99,7 +101,7 @@ class NarrowFloats(Pass):
             beyond = self._beyond(module, computed, context)
             wide |= beyond
             reason = f"a weight, or a value on the inputs tried, comes near what {self.format} can hold or exceeds it"
-        return choose(module.model, wide=wide, why=reason) if wide else choice
+        return choose(module.model, wide=wide, why=reason, kinds=self.kinds) if wide else choice
 
     def _beyond(self, module: Module, values: set[ir.Value], context: PassContext) -> set[ir.Value]:
         """Computed values that are, or might get, too large for float16."""

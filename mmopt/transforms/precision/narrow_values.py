@@ -67,18 +67,21 @@ class Choice:
     kept: list[tuple[ir.Node, str]] = dataclasses.field(default_factory=list)
 
 
-def choose(model: ir.Model, *, wide: Collection[ir.Value] = (), why: str = "") -> Choice:
+def choose(
+    model: ir.Model, *, wide: Collection[ir.Value] = (), why: str = "", kinds: Collection[str] = ()
+) -> Choice:
     """Choose the values of ``model`` to round.
 
     Args:
         model: The model; its shapes should be known.
         wide: Values that must not be rounded.
         why: The reason for those.
+        kinds: Arithmetic operators to choose from, and nothing but what they read; all when empty.
     """
     choice = Choice()
     nodes = list(all_nodes(model.graph))
     for node in nodes:
-        operands = operands_of(node)
+        operands = operands_of(node) if not kinds or node.op_type in kinds else []
         if not operands:
             continue
         reason = why if any(value in wide for value in operands) else _reason_against(node)
@@ -87,8 +90,9 @@ def choose(model: ir.Model, *, wide: Collection[ir.Value] = (), why: str = "") -
             continue
         choice.operators.append(node)
         choice.values.update(operands)
-    choice.values.update(value for value in _looked_up(nodes) if value not in wide)
-    choice.values.update(value for value in _second_addends(nodes, choice) if value not in wide)
+    if not kinds:
+        choice.values.update(value for value in _looked_up(nodes) if value not in wide)
+        choice.values.update(value for value in _second_addends(nodes, choice) if value not in wide)
     _follow_movement(nodes, choice.values, wide)
     return choice
 

@@ -1,10 +1,11 @@
 """Attention of bfloat16 operands by dot-product instructions, with online softmax in float32.
 
-    Y = softmax(scale · Q·Kᵀ) · V      tiles of query rows against blocks of keys; scores are never in memory as a whole
+    Y = softmax(scale · Q·Kᵀ + mask) · V      tiles of query rows against blocks of keys; no matrix of scores in memory
 
 A task takes the rows of one head. It packs that head's keys and values once, as the micro-kernels want them, and then
 walks the tiles of rows: products with a block of keys, their exponentials as bfloat16, products of those with the
-values, added to what earlier blocks gave after that is brought to the new maximum.
+values, added to what earlier blocks gave after that is brought to the new maximum. A row that no key is open to gives
+zeros.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ PANEL = 32
 
 LANES = 16
 
+LOWEST = -3.4028234663852886e38
+"""Where the maximum of a masked row starts: closed keys, at minus infinity, lie below, masks of finite numbers not."""
+
 
 class DotAttention(LoopNest):
-    """Attention without a mask.
+    """Attention of whole sequences, with or without a mask.
 
     Args:
         q: ``[batch, heads, queries, size]``, bfloat16; extents but the batch are constants.
@@ -41,6 +45,7 @@ class DotAttention(LoopNest):
         keys: Keys of a block, a multiple of :data:`PANEL`.
         order: Axes of the result: ``bhsd``, ``bshd``, or ``bsm`` with the heads side by side.
         workload: What was chosen for.
+        mask: ``[batch|1, heads|1, queries|1, keys]``: flags of the keys that are open, or float32 to add to the scores.
     """
 
     name = "attention_bf16"
@@ -56,10 +61,12 @@ class DotAttention(LoopNest):
         keys: int,
         order: str,
         workload: Workload | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         super().__init__()
-        self.inputs = tuple(dict.fromkeys((q, k, v)))
+        self.inputs = tuple(dict.fromkeys(t for t in (q, k, v, mask) if t is not None))
         self.q, self.k, self.v, self.dot, self.order, self.block = q, k, v, dot, order, keys
+        self.mask, self.scale = mask, scale
         self.factor = scale * math.log2(math.e)
         self.workload = workload
         self.batch = q.shape[0]
@@ -213,20 +220,20 @@ class _Task:
         def clear(i: Expr) -> Stmt:
             zero = tirx.const(0.0, "float32")
             wide = loop(nest.value_size, lambda d: self._put(self.sums, i * nest.value_size + d, zero), "vectorized")
-            low = tirx.const(float("-inf"), "float32")
+            low = tirx.const(float("-inf") if nest.mask is None else LOWEST, "float32")
             return seq(wide, self._put(self.largest, i, low), self._put(self.total, i, zero))
 
         full, rest = divmod(nest.keys, block)
-        main = loop(full, lambda b: self._block(b * block, block, height), name="block")
-        tail = self._block(i64(full * block), rest, height) if rest else None
+        main = loop(full, lambda b: self._block(b * block, block, height, first), name="block")
+        tail = self._block(i64(full * block), rest, height, first) if rest else None
         finish = loop(height, lambda i: self._finish(first + i, i), name="i")
         return seq(loop(height, copy, name="i"), loop(height, clear, name="i"), main, tail, finish)
 
     def _put(self, buffer: tirx.Buffer, at: Expr, value: Expr) -> Stmt:
         return tirx.BufferStore(buffer, value, [at])
 
-    def _block(self, key: Expr, count: int, height: int) -> Stmt:
-        """One block of keys: scores, exponentials, and their products with the values."""
+    def _block(self, key: Expr, count: int, height: int, first: Expr) -> Stmt:
+        """One block of keys for the rows from query ``first`` on: scores, exponentials, products with the values."""
         nest, panels = self.nest, -(-count // PANEL)
         scoring, adding = MicroKernel(nest.dot, height, 2), MicroKernel(nest.dot, height, 2, accumulate=True)
         self.kernels += [scoring, adding]
@@ -247,14 +254,17 @@ class _Task:
 
         return seq(
             loop(panels, score, name="p"),
-            loop(height, lambda i: self._exponentials(i, count), name="i"),
+            loop(height, lambda i: self._exponentials(i, count, first + i, key), name="i"),
             loop(nest.value_size // PANEL, add, name="p"),
         )
 
-    def _exponentials(self, i: Expr, count: int) -> Stmt:
-        """Weights of one row; its maximum, its sum and earlier results are brought up to date."""
-        nest, factor = self.nest, tirx.const(self.nest.factor, "float32")
+    def _exponentials(self, i: Expr, count: int, query: Expr, key: Expr) -> Stmt:
+        """Weights of row ``i``, which is ``query``, for keys from ``key`` on; its maximum, its sum and earlier results are
+        brought up to date."""
+        nest = self.nest
         start = i * nest.block
+        # Units of the maximum: powers of two, or those of the mask where there is one.
+        unit = tirx.const(nest.factor if nest.mask is None else math.log2(math.e), "float32")
         whole, rest = divmod(count, LANES)
 
         def spread(body: Callable[[Expr, Expr], Stmt]) -> Stmt:
@@ -266,16 +276,21 @@ class _Task:
             return loop(LANES, lambda v: self._put(self.lanes, v, tirx.const(value, "float32")), "vectorized", "v")
 
         def widest(n: Expr, v: Expr) -> Stmt:
-            return self._put(self.lanes, v, tirx.max(self.lanes[v], self.scores[start + n]))
+            if nest.mask is None:
+                return self._put(self.lanes, v, tirx.max(self.lanes[v], self.scores[start + n]))
+            masked = self._put(self.scores, start + n, self._masked(self.scores[start + n], query, key + n))
+            return seq(masked, self._put(self.lanes, v, tirx.max(self.lanes[v], self.scores[start + n])))
 
         steps = [fill(float("-inf")), spread(widest), self._fold(tirx.max)]
         before, old = keep(self.largest[i], "before")
-        found, new = keep(tirx.max(old, self.lanes[i64(0)] * factor), "new")
-        correction, scale = self._power(old - new)
+        block = self.lanes[i64(0)]
+        found, new = keep(tirx.max(old, block if nest.mask is not None else block * unit), "new")
+        correction, scale = self._power(old - new if nest.mask is None else (old - new) * unit)
         steps += [before, found, *correction, self._put(self.largest, i, new), fill(0.0)]
 
         def weight(n: Expr, v: Expr) -> Stmt:
-            parts, value = self._power(self.scores[start + n] * factor - new)
+            score = self.scores[start + n]
+            parts, value = self._power(score * unit - new if nest.mask is None else (score - new) * unit)
             stored = self._put(self.weights, start + n, _rounded(value))
             return seq(*parts, stored, self._put(self.lanes, v, self.lanes[v] + value))
 
@@ -289,6 +304,17 @@ class _Task:
             return self._put(self.sums, at, self.sums[at] * scale)
 
         return seq(*steps, loop(nest.value_size, rescale, "vectorized", "d"))
+
+    def _masked(self, score: Expr, query: Expr, key: Expr) -> Expr:
+        """A score after scaling and masking."""
+        mask = self.nest.mask
+        assert mask is not None
+        wanted = (self.batch, self.head, query, key)
+        at = [i64(0) if static(extent) == 1 else n for extent, n in zip(mask.shape, wanted, strict=True)]
+        value, scaled = mask[tuple(at)], score * tirx.const(self.nest.scale, "float32")
+        if mask.dtype == "bool":
+            return tirx.Select(value, scaled, tirx.const(float("-inf"), "float32"))
+        return scaled + value
 
     def _fold(self, combine: Callable[[Expr, Expr], Expr]) -> Stmt:
         """All lanes combined into the first."""
@@ -314,7 +340,11 @@ class _Task:
         return parts, value
 
     def _finish(self, query: Expr, i: Expr) -> Stmt:
-        computed, inverse = keep(tirx.const(1.0, "float32") / self.total[i], "inverse")
+        one, total = tirx.const(1.0, "float32"), self.total[i]
+        quotient = one / total
+        if self.nest.mask is not None:
+            quotient = tirx.Select(total > 0, quotient, tirx.const(0.0, "float32"))
+        computed, inverse = keep(quotient, "inverse")
 
         def vector(n: Expr) -> Stmt:
             def lane(v: Expr) -> Stmt:
