@@ -27,7 +27,8 @@ class Spelling:
     Attributes:
         kind: The cell; ``GRU before`` resets before the product.
         products: ``gemm`` (two, summed), ``concat`` (one of input and state side by side), ``gates`` (two for each
-            gate), ``projected`` (the input's for all steps at once), ``summed`` (MatMul and biases added apart).
+            gate), ``projected`` (the input's for all steps at once), ``summed`` (MatMul and biases added apart),
+            ``called`` (the operator itself on one step; in loops only).
         stepping: How an unrolled layer cuts the sequence.
         form: ``unrolled``, ``scan`` or ``loop``.
         batch_first: Whether the sequence is ``[batch, steps, inputs]``.
@@ -132,11 +133,32 @@ class Writer:
 
     def step(self, x: ir.Value, states: list[ir.Value]) -> list[ir.Value]:
         """The new states."""
+        if self.spelling.products == "called":
+            return self._called(x, states)
         if self.spelling.kind == "LSTM":
             return self._lstm(x, *states)
         if self.spelling.kind == "RNN":
             return [self.b.op("Tanh", self._sum(x, states[0], 0, 1))]
         return [self._gru(x, states[0])]
+
+    def _called(self, x: ir.Value, states: list[ir.Value]) -> list[ir.Value]:
+        """One call of the operator on one step."""
+        b, kind, gates = self.b, self.spelling.kind.split()[0], self.gates
+        if not self.others:
+            self.others = {"w": b.weight(1, gates * HIDDEN, INPUTS), "r": b.weight(1, gates * HIDDEN, HIDDEN)}
+            self.others["b"] = b.weight(1, 2 * gates * HIDDEN)
+        axes = b.constant([0])
+        lifted = [b.op("Unsqueeze", value, axes) for value in (x, *states)]
+        weights = [self.others[name] for name in "wrb"]
+        attributes = {"hidden_size": HIDDEN}
+        if kind == "GRU":
+            attributes["linear_before_reset"] = int(self.spelling.kind == "GRU")
+        node = ir.node(kind, [lifted[0], *weights, None, *lifted[1:]], attributes, num_outputs=1 + len(states))
+        node.name = f"step{len(b.nodes)}"
+        for n, output in enumerate(node.outputs):
+            output.name = f"{node.name}_{n}"
+        b.nodes.append(node)
+        return [b.op("Squeeze", output, axes) for output in node.outputs[1:]]
 
     def _lstm(self, x: ir.Value, h: ir.Value, c: ir.Value) -> list[ir.Value]:
         b = self.b

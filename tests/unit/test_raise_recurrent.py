@@ -61,6 +61,13 @@ def test_loops(kind: str, form: str) -> None:
     _raised(Spelling(kind, "concat", form=form, batch_first=False, initial=True, stacked=False))
 
 
+@pytest.mark.parametrize("form", ["scan", "loop"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_called_step_by_step(kind: str, form: str) -> None:
+    _raised(Spelling(kind, "called", form=form, batch=0))
+    _raised(Spelling(kind, "called", form=form, initial=True, stacked=False))
+
+
 def test_scan_backwards_and_projected() -> None:
     module = _raised(Spelling("GRU", "projected", form="scan", reverse=True, batch=0))
     assert _layer(module).attributes["direction"].as_string() == "reverse"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mmopt.ir.module import Module
+from mmopt.ir.verify import verify
 from mmopt.pipeline.base import PassContext
-from mmopt.transforms.rewrite import HoistInvariants, UnrollLoops
-from tests.canonical import check, count_ops, module_from
+from mmopt.transforms.rewrite import HoistInvariants, StackSequences, UnrollLoops
+from tests.canonical import check, count_ops, evaluate, module_from
 
-CONSTANTS = "int64 three = {3}, int64 zero = {0}, int64 many = {9}, bool yes = {1}, float two = {2.0}"
+CONSTANTS = "int64 three = {3}, int64 zero = {0}, int64 many = {9}, bool yes = {1}, float two = {2.0}, int64[1] o = {0}"
 
 
 def loop(body: str, *, trips: str = "three", condition: str = "", after: str = "go", scan: str = "") -> Module:
@@ -135,3 +137,51 @@ class TestUnroll:
     def test_limits(self) -> None:
         assert not UnrollLoops(max_nodes=5).run(loop("z = Mul(h, two)"), PassContext())
         assert UnrollLoops(max_trips=9).run(loop("z = Mul(h, two)", trips="many"), PassContext())
+
+
+def collected(
+    body: str = "z = Mul(h, two) out = SequenceInsert(q, z)", *, join: str = "axis=0, new_axis=1", start: str = ""
+) -> Module:
+    """A loop that appends to a sequence on every trip."""
+    return module_from(
+        f"""g (float[2, 3] x, int64 i) => (float[a, b, c] y, float[2, 3] last) <{CONSTANTS}> {{
+            {start or "s = SequenceEmpty<dtype=1>()"}
+            last, l = Loop (i, , x, s) <body = body (int64 t, bool go, float[2, 3] h, seq(float[2, 3]) q)
+                => (bool done, float[2, 3] z, seq(float[2, 3]) out) {{ done = Identity(go) {body} }}>
+            y = ConcatFromSequence<{join}>(l)
+        }}""",
+        opset=23,
+    )
+
+
+class TestStackSequences:
+    @pytest.mark.parametrize("axis", [0, 1, 2, -1])
+    def test_sequence_becomes_a_stacked_result(self, axis: int) -> None:
+        module = collected(join=f"axis={axis}, new_axis=1")
+        feeds = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "i": np.array(3)}
+        want = evaluate(module, feeds)
+        assert StackSequences().run(module, PassContext())
+        assert [problem for problem in verify(module) if problem.severity == "error"] == []
+        assert not {"ConcatFromSequence", "SequenceInsert"} & set(count_ops(module))
+        assert count_ops(module).get("Transpose", 0) == int(axis != 0)
+        for name, value in evaluate(module, feeds).items():
+            np.testing.assert_array_equal(value, want[name])
+        assert not StackSequences().run(module, PassContext())
+
+    @pytest.mark.parametrize(
+        ("module", "reason"),
+        [
+            (collected(join="axis=0, new_axis=0"), "have already"),
+            (collected("z = Mul(h, two) out = SequenceInsert(q, z, zero)"), "something else"),
+            (collected(start="s = SequenceConstruct(x)"), "does not start empty"),
+            (
+                collected("z = Mul(h, two) e = Unsqueeze(t, o) k = Slice(h, o, e) out = SequenceInsert(q, k)"),
+                "may differ",
+            ),
+        ],
+        ids=["joined", "inserted", "begun", "sizes"],
+    )
+    def test_other_sequences_stay(self, module: Module, reason: str) -> None:
+        context = PassContext()
+        assert not StackSequences().run(module, context)
+        assert any(reason in remark.message for remark in context.remarks)

@@ -10,6 +10,7 @@ import onnx_ir as ir
 from mmopt.transforms.canonicalize.editing import constant, integer, is_onnx
 from mmopt.transforms.canonicalize.rewriting import Rewriter
 from mmopt.transforms.raising.cells import Cell, read_cell
+from mmopt.transforms.raising.one_step import read_one_step
 from mmopt.transforms.raising.recurrent_layer import Step, roles
 
 
@@ -142,10 +143,12 @@ def _body(frame: _Frame, step: Step, sequence: ir.Value, axis: int, direction: s
 
 def _step(frame: _Frame, rewriter: Rewriter) -> Step | str | None:
     for before, after in zip(frame.before, frame.after, strict=True):
+        called = read_one_step(after, rewriter)
+        if called is not None and called.h_before is before and _carries_cell_state(called.cell, frame):
+            return called
         cell = read_cell(after, rewriter)
-        if cell is None or not _carries(cell, before, frame):
-            continue
-        return roles(cell, before)
+        if cell is not None and _carries(cell, before, frame):
+            return roles(cell, before)
     return None
 
 
@@ -155,6 +158,12 @@ def _carries(cell: Cell, before: ir.Value, frame: _Frame) -> bool:
         return False
     if cell.c is None:
         return any(before in total.products for total in cell.sums)
+    return _carries_cell_state(cell, frame)
+
+
+def _carries_cell_state(cell: Cell, frame: _Frame) -> bool:
+    if cell.c is None:
+        return True
     pairs = zip(frame.before, frame.after, strict=True)
     return any(old is cell.c_before and new is cell.c for old, new in pairs)
 

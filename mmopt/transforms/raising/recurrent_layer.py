@@ -33,6 +33,7 @@ class Step:
         inputs: Weights of the input by gate; empty where ``source`` is a projection.
         parts: Columns of ``source`` by gate, where it is a projection.
         recurrent: Weights of the old state by gate.
+        whole: Weights, recurrent weights and biases as an operator holds them, where one makes the step.
     """
 
     cell: Cell
@@ -41,6 +42,7 @@ class Step:
     inputs: dict[str, Weight]
     parts: dict[str, Part]
     recurrent: dict[str, Weight]
+    whole: tuple[Array, Array, Array] | None = None
 
 
 def roles(cell: Cell, h_before: ir.Value | None) -> Step | str:
@@ -185,6 +187,8 @@ def assemble(steps: Sequence[Step], sequence: ir.Value, rewriter: Rewriter) -> L
         rewriter: Knows shapes.
     """
     last = steps[-1]
+    if last.whole is not None:
+        return Layer(last.cell, sequence, *last.whole)
     for number, step in enumerate(steps):
         if not _agree(step, last, first=number == 0):
             return "weights or biases differ between steps"

@@ -9,6 +9,7 @@ from mmopt.transforms.rewrite.hoist_invariants import HoistInvariants
 from mmopt.transforms.rewrite.merge_projections import MergeProjections
 from mmopt.transforms.rewrite.merge_slices import MergeSlices
 from mmopt.transforms.rewrite.sink_transposes import SinkTransposes
+from mmopt.transforms.rewrite.stack_sequences import StackSequences
 from mmopt.transforms.rewrite.unroll_loops import UnrollLoops
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "MergeProjections",
     "MergeSlices",
     "SinkTransposes",
+    "StackSequences",
     "UnrollLoops",
 ]
