@@ -56,15 +56,28 @@ def _shortest_runs(left: Sequence[int], right: Sequence[int], space: Space) -> t
 
 
 def _join(left: Sequence[int], right: Sequence[int], space: Space) -> None:
-    if len(left) == 1:
-        space.product(left[0], right)
-    elif len(right) == 1:
-        space.product(right[0], left)
+    """Say that two runs are the same positions: front axes that divide each other are split off first."""
+    a, b = list(left), list(right)
+    while len(a) > 1 and len(b) > 1:
+        sizes = space.extent(a[0]), space.extent(b[0])
+        if sizes[0] is None or sizes[1] is None or (sizes[0] % sizes[1] and sizes[1] % sizes[0]):
+            break
+        long, short = (a, b) if sizes[0] >= sizes[1] else (b, a)
+        rest = space.new(max(sizes[0], sizes[1]) // min(sizes[0], sizes[1]))
+        space.product(long[0], (short.pop(0), rest))
+        long[0] = rest
+    if len(a) == 1:
+        space.product(a[0], b)
+    elif len(b) == 1:
+        space.product(b[0], a)
     else:
-        sizes = [space.size(axis) for axis in left]
-        whole = space.new(dims.product([s for s in sizes if s is not None]))
-        space.product(whole, left)
-        space.product(whole, right)
+        _join_whole(a, b, space)
+
+
+def _join_whole(left: Sequence[int], right: Sequence[int], space: Space) -> None:
+    whole = space.new(dims.product([size for axis in left if (size := space.size(axis)) is not None]))
+    space.product(whole, left)
+    space.product(whole, right)
 
 
 @axis_rule("Expand")

@@ -11,7 +11,10 @@ from mmopt.analysis.axes.space import Space
 
 @axis_rule("BatchNormalization", "InstanceNormalization")
 def per_channel(node: ir.Node, space: Space) -> None:
-    """One parameter of each kind per channel; channels do not act on each other."""
+    """One parameter of each kind per channel; channels do not act on each other.
+
+    Group normalization is often spelled as an InstanceNormalization of ``[batch, groups, channels · places]``.
+    """
     x, y = space.operand(node, 0), space.of(node.outputs[0])
     space.same_all(x, y)
     for index in range(1, len(node.inputs)):
@@ -21,6 +24,9 @@ def per_channel(node: ir.Node, space: Space) -> None:
     for output in node.outputs[1:]:
         if output.name:
             space.same(space.of(output)[0], x[1])
+    if node.op_type == "InstanceNormalization":
+        for axis in range(2, len(x)):
+            space.reads(node, 0, axis, Mixing.STATISTICS)
 
 
 @axis_rule("LayerNormalization", "RMSNormalization", "SimplifiedLayerNormalization")
