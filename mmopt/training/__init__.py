@@ -9,12 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mmopt.training.accumulation import Gradients, gradients
     from mmopt.training.fx import to_fx
     from mmopt.training.weights import parameter_names, update_weights
 
-__all__ = ["parameter_names", "to_fx", "update_weights"]
+__all__ = ["Gradients", "gradients", "parameter_names", "to_fx", "update_weights"]
 
 _HOMES = {
+    "Gradients": "mmopt.training.accumulation",
+    "gradients": "mmopt.training.accumulation",
     "parameter_names": "mmopt.training.weights",
     "to_fx": "mmopt.training.fx",
     "update_weights": "mmopt.training.weights",
