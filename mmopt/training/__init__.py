@@ -11,11 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmopt.training.accumulation import Gradients, gradients
     from mmopt.training.fx import to_fx
+    from mmopt.training.reconstruction import Block, BlockResult, layer_blocks, reconstruct
     from mmopt.training.weights import parameter_names, update_weights
 
-__all__ = ["Gradients", "gradients", "parameter_names", "to_fx", "update_weights"]
+__all__ = [
+    "Block",
+    "BlockResult",
+    "Gradients",
+    "gradients",
+    "layer_blocks",
+    "parameter_names",
+    "reconstruct",
+    "to_fx",
+    "update_weights",
+]
 
 _HOMES = {
+    "Block": "mmopt.training.reconstruction",
+    "BlockResult": "mmopt.training.reconstruction",
+    "layer_blocks": "mmopt.training.reconstruction",
+    "reconstruct": "mmopt.training.reconstruction",
     "Gradients": "mmopt.training.accumulation",
     "gradients": "mmopt.training.accumulation",
     "parameter_names": "mmopt.training.weights",

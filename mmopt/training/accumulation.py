@@ -139,7 +139,9 @@ class _Accumulation:
         taps = {name: made[name] for name, _ in self._places if name not in self._parameters}
         loss = self._value({name: made[name] for name in self._outputs}, labels)
         if not bool(torch.isfinite(loss)):
-            raise UserError(f"the loss is {float(loss.detach())}", where=f"batch {number}", hint="look for NaN in the inputs")
+            raise UserError(
+                f"the loss is {float(loss.detach())}", where=f"batch {number}", hint="look for NaN in the inputs"
+            )
         read = dict.fromkeys([*self._sum, *(name for name, _ in self._places if name not in taps)])
         wanted = {name: self._parameters[name] for name in read if name in self._parameters}
         tensors = {**wanted, **{name: tap for name, tap in taps.items() if tap.requires_grad}}

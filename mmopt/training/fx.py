@@ -76,6 +76,7 @@ def to_fx(module: Module, outputs: Sequence[str] = (), inputs: Sequence[str] = (
     result = scope.finish({str(value.name): value for value in wanted})
     result.meta["inputs"] = {scope.arguments[value]: str(value.name) for value in given}
     result.meta["weights"] = shared.paths
+    result.meta["buffers"] = shared.buffers
     assert isinstance(result, torch.fx.GraphModule)
     return result
 
@@ -114,6 +115,7 @@ class _Shared:
         self.named |= {str(v.name): v for v in module.graph.initializers.values()}
         self.named |= {str(v.name): v for node in module.graph for v in node.outputs if v.name}
         self.paths: dict[str, str] = {}
+        self.buffers: dict[str, str] = {}
         self._placed: dict[ir.Value, str] = {}
         self._count = 0
         self._facts: Any = None
@@ -136,6 +138,7 @@ class _Shared:
                 self.paths[path] = weight.name
             else:
                 parent.register_buffer(path.rpartition(".")[2], tensor)
+                self.buffers[path] = weight.name
             self._placed[weight.value] = path
         return self._placed[weight.value]
 
