@@ -177,7 +177,7 @@ class Swin(_Wrapped):
 
     def forward(self, x: Tensor) -> Tensor:
         """Image to logits."""
-        return self.head(self.body(x).pooler_output)
+        return self.head(self.body(x).last_hidden_state.mean(1))
 
 
 class Latents(nn.Module):

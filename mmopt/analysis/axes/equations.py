@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 
 Label = tuple[int, ...]
-"""Elements in ascending order."""
+"""Elements, those of outer axes first."""
 
 
 class Elements:
@@ -49,19 +49,19 @@ class Elements:
 
     def resolve(self, label: Label) -> Label:
         """The label in terms of representatives that stand for themselves; one frozen element when all are frozen."""
-        free: set[int] = set()
+        free: dict[int, None] = {}
         frozen = -1
-        stack = list(label)
+        stack = list(reversed(label))
         while stack:
             root = self.find(stack.pop())
             bound = self._bound.get(root)
             if bound is not None:
-                stack.extend(bound)
+                stack.extend(reversed(bound))
             elif root in self._reason:
                 frozen = root
             else:
-                free.add(root)
-        return tuple(sorted(free)) if free else (frozen,)
+                free[root] = None
+        return tuple(free) if free else (frozen,)
 
     def is_frozen(self, label: Label) -> bool:
         """Whether a resolved label can never be cut."""
@@ -75,7 +75,7 @@ class Elements:
     def equate(self, left: Label, right: Label) -> None:
         """Cut two positions together or not at all."""
         a, b = self.resolve(left), self.resolve(right)
-        if a == b:
+        if set(a) == set(b):
             return
         if self.is_frozen(a) or self.is_frozen(b):
             fixed, other = (a, b) if self.is_frozen(a) else (b, a)

@@ -275,6 +275,9 @@ class _Finder:
 
     def _kind(self, axes: Sequence[int], weights: Sequence[Place]) -> str:
         kinds = {kind for axis, kind in self._space.kinds if self._space.find(axis) in axes}
+        mixing = {reading.what for axis in axes for reading in self._readings[axis]}
+        if Mixing.LOWEST in mixing and "head size" in kinds:
+            return "positions"
         for kind in ("hidden units", "heads", "head size", "groups", "channels", "features"):
             if kind in kinds:
                 return kind

@@ -107,7 +107,8 @@ class Group:
 
     Attributes:
         name: Stable and readable: the tower and the layer that makes the units, ``text/encoder.layers.3.mlp.fc1``.
-        kind: ``channels``, ``neurons``, ``heads``, ``head size``, ``hidden units``, ``features`` or ``groups``.
+        kind: ``channels``, ``neurons``, ``heads``, ``head size``, ``hidden units``, ``features``, ``groups`` (of a
+            convolution) or ``positions`` (of learned latents).
         units: How many there are.
         weights: The places on weights.
         activations: The places on tensors that the graph computes.

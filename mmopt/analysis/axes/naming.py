@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -76,14 +76,11 @@ class Namer:
         return result
 
     def _tower(self, group: Group) -> str | None:
-        nodes = {p.node for p in (*group.weights, *group.activations) if p.node}
-        towers = {self._towers.get(node) for node in nodes if node in self._nodes}
-        return next(iter(towers)) if len(towers) == 1 else self._only(towers)
-
-    def _only(self, towers: Iterable[str | None]) -> str | None:
-        """The one tower of a group that ends in what is joined: its consumers outside say nothing of who makes it."""
-        named = {tower for tower in towers if tower is not None}
-        return named.pop() if len(named) == 1 else None
+        """The tower that all makers of the units belong to; who reads them says nothing."""
+        makers = {p.node for p in group.weights if p.role is Role.PRODUCER}
+        nodes = makers or {p.node for p in (*group.weights, *group.activations) if p.node}
+        towers = {self._towers.get(str(node)) for node in nodes}
+        return towers.pop() if len(towers) == 1 else None
 
 
 def _towers(module: Module) -> dict[str, str]:

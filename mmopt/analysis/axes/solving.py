@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from mmopt.analysis.axes.equations import Elements, Label, outer
 from mmopt.analysis.axes.space import Part, Product, Space
 
@@ -22,6 +24,7 @@ class Solution:
         self._space = space
         self._labels: dict[int, list[Label]] = {}
         self._whole_frozen: dict[int, str] = {}
+        _join_equal(space)
         self._freeze_axes()
         self._defined = {p.whole: p for p in reversed([self._rooted(p) for p in space.products])}
         self._solve()
@@ -89,15 +92,31 @@ class Solution:
         for axis, _ in space.holders:
             if space.extent(axis) is not None:
                 self._label(space.find(axis))
-        for product in (self._rooted(p) for p in space.products):
+        for axis, positions, reason in space.frozen:
+            if positions is not None and space.extent(axis) is not None:
+                self._freeze_positions(axis, positions, reason)
+        products = [self._rooted(p) for p in space.products]
+        for product in products:
+            self._freeze_blocks(product)
+        for product in products:
             self._equate(self._label(product.whole), outer([self._label(part) for part in product.parts]))
         for part in space.parts:
             self._equate_part(part)
-        for axis, positions, reason in space.frozen:
-            if positions is not None and space.extent(axis) is not None:
-                labels = self._label(space.find(axis))
-                for position in positions:
-                    self.elements.freeze(labels[position], reason)
+
+    def _freeze_positions(self, axis: int, positions: Iterable[int], reason: str) -> None:
+        labels = self._label(self._space.find(axis))
+        for position in positions:
+            self.elements.freeze(labels[position], reason)
+
+    def _freeze_blocks(self, product: Product) -> None:
+        """Freeze coordinates of a factor that some part of the whole lies in altogether, so that nothing would be left."""
+        space = self._space
+        sizes = [space.extent(part) or 1 for part in product.parts]
+        for part in space.parts:
+            if space.find(part.whole) == product.whole:
+                for factor, coordinates in zip(product.parts, np.unravel_index(part.indices, sizes), strict=True):
+                    if len(set(coordinates.tolist())) == 1:
+                        self._freeze_positions(factor, [int(coordinates[0])], EMPTIES)
 
     def _equate_part(self, part: Part) -> None:
         whole, piece = self._label(self._space.find(part.whole)), self._label(self._space.find(part.piece))
@@ -133,3 +152,26 @@ class Solution:
             if not common:
                 return set()
         return common or set()
+
+
+def _join_equal(space: Space) -> None:
+    """Join axes that are the same factors, or the same positions, of one axis."""
+    changed = True
+    while changed:
+        changed = False
+        factors: dict[tuple[int, tuple[object, ...]], tuple[int, ...]] = {}
+        for product in space.products:
+            sizes = tuple(space.size(part) for part in product.parts)
+            first = factors.setdefault((space.find(product.whole), sizes), product.parts)
+            changed |= _join(space, zip(first, product.parts, strict=True))
+        pieces: dict[tuple[int, tuple[int, ...]], int] = {}
+        for part in space.parts:
+            first_piece = pieces.setdefault((space.find(part.whole), part.indices), part.piece)
+            changed |= _join(space, [(first_piece, part.piece)])
+
+
+def _join(space: Space, pairs: Iterable[tuple[int, int]]) -> bool:
+    apart = [(a, b) for a, b in pairs if space.find(a) != space.find(b)]
+    for a, b in apart:
+        space.same(a, b)
+    return bool(apart)

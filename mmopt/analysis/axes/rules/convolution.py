@@ -28,17 +28,16 @@ def conv(node: ir.Node, space: Space) -> None:
     _freeze_space(node, space, 0, 1)
     space.same(x[0], y[0])
     space.same(w[0], y[1])
-    kind = "channels"
+    depthwise = groups > 1 and space.size(w[1]) == 1 and space.extent(w[0]) == groups
     if groups == 1:
         space.same(x[1], w[1])
     else:
-        members = _grouped(node, space, groups, ((x[1], w[1]), (y[1], None)))
-        space.kind(members, "groups")
+        shared = _grouped(node, space, groups, ((x[1], w[1]), (y[1], None)))
+        space.kind(shared, "channels" if depthwise else "groups")
     if is_constant(node.inputs[1]):
-        depthwise = groups > 1 and space.size(w[1]) == 1 and space.extent(w[0]) == groups
         space.reads(node, 1, 0, Role.PARAMETER if depthwise else Role.PRODUCER)
         space.reads(node, 1, 1, Role.CONSUMER)
-    space.kind(y[1], kind)
+    space.kind(y[1], "channels")
     space.reads(node, 1, 1, Mixing.ZERO)
     if node.op_type == "Conv" and present(node, 2):
         space.same(space.operand(node, 2)[0], y[1])
