@@ -10,6 +10,7 @@ from typing import Any
 from mmopt.backends.features import check_features
 from mmopt.errors import UserError, did_you_mean
 from mmopt.runtime.cpu import allowed_cpus, machine, missing_features, running_features
+from mmopt.runtime.gpu import present_gpu
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,11 @@ NATIVE = {"x86_64": "cpu", "aarch64": "arm"}
 
 ALIASES = {"arm": "armv8.2"}
 """Other names of shipped profiles."""
+
+GPU_ASSUMED = "cuda-sm80"
+"""What ``cuda`` stands for on a machine without a GPU."""
+
+OLDEST_SM = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +43,14 @@ class Profile:
         llvm_features: Further LLVM features (``+amx-int8``) beyond what ``mcpu`` implies.
         vector_bytes: Width of a vector register.
         registers: Number of vector registers.
-        cores: Cores assumed for choices made at compile time.
+        cores: Cores assumed for choices made at compile time; on a GPU its multiprocessors.
         l1_bytes: Data cache of one core.
         l2_bytes: Second-level cache of one core.
+        sm: CUDA: compute capability, as 10 · major + minor.
+        shared_bytes: CUDA: shared memory one block may take.
+        multiprocessor_shared_bytes: CUDA: shared memory of a multiprocessor.
+        multiprocessor_registers: CUDA: 32-bit registers of a multiprocessor.
+        multiprocessor_threads: CUDA: threads that fit on a multiprocessor.
     """
 
     name: str
@@ -53,10 +64,15 @@ class Profile:
     cores: int = 2
     l1_bytes: int = 32 << 10
     l2_bytes: int = 256 << 10
+    sm: int = 80
+    shared_bytes: int = 48 << 10
+    multiprocessor_shared_bytes: int = 64 << 10
+    multiprocessor_registers: int = 64 << 10
+    multiprocessor_threads: int = 1024
 
     def to_dict(self) -> dict[str, Any]:
         """What the manifest says about the target."""
-        return {
+        said: dict[str, Any] = {
             "name": self.name,
             "kind": self.kind,
             "triple": self.triple,
@@ -65,6 +81,7 @@ class Profile:
             "vector_bytes": self.vector_bytes,
             "cores": self.cores,
         }
+        return said | {"sm": self.sm} if self.kind == "cuda" else said
 
 
 def targets_folder() -> pathlib.Path:
@@ -76,20 +93,23 @@ def targets_folder() -> pathlib.Path:
 
 def profile_names() -> list[str]:
     """Names ``--target`` accepts."""
-    return sorted(["cpu", *ALIASES, *(path.stem for path in targets_folder().glob("*.toml"))])
+    return sorted(["cpu", "cuda", *ALIASES, *(path.stem for path in targets_folder().glob("*.toml"))])
 
 
 def load_profile(target: str) -> Profile:
     """The profile called ``target``, or read from a TOML file.
 
     Args:
-        target: ``cpu`` for the machine this runs on, a name from :func:`profile_names`, or the path of a TOML file.
+        target: ``cpu`` for the machine this runs on, ``cuda`` for the GPU in it (:data:`GPU_ASSUMED` where there is
+            none), a name from :func:`profile_names`, or the path of a TOML file.
 
     Raises:
         UserError: No such profile, or its file is wrong.
     """
     if target == "cpu":
         return native_profile()
+    if target == "cuda":
+        return cuda_profile(present_gpu())
     name = ALIASES.get(target, target)
     path = pathlib.Path(target) if target.endswith(".toml") else targets_folder() / f"{name}.toml"
     if not path.is_file():
@@ -133,10 +153,40 @@ def _check_type(path: pathlib.Path, key: str, value: object, default: object) ->
 def _check(path: pathlib.Path, profile: Profile) -> None:
     if profile.kind not in KINDS:
         raise UserError(f"unknown kind {profile.kind!r}", where=str(path), hint=did_you_mean(profile.kind, KINDS))
+    if profile.kind == "cuda":
+        _check_cuda(path, profile)
+        return
     check_features(profile.kind, profile.triple, profile.vector_bytes, profile.features, str(path))
     wide = profile.vector_bytes == 64 and profile.kind == "cpu"
     if wide and not any(f.startswith("avx512") for f in profile.features):
         raise UserError("64-byte vectors need avx512f among the features", where=str(path), hint="add it or use 32")
+
+
+def _check_cuda(path: pathlib.Path, profile: Profile) -> None:
+    if profile.sm < OLDEST_SM:
+        hint = f"the oldest that NVIDIA's compiler knows is {OLDEST_SM}"
+        raise UserError(f"sm is {profile.sm}", where=str(path), hint=hint)
+    if profile.shared_bytes >= profile.multiprocessor_shared_bytes:
+        hint = "a block may take 1 KiB less than the multiprocessor has"
+        raise UserError("shared_bytes must be below multiprocessor_shared_bytes", where=str(path), hint=hint)
+
+
+def cuda_profile(sm: int | None) -> Profile:
+    """The shipped profile for a GPU of compute capability ``sm``: the newest that is not newer.
+
+    Args:
+        sm: As 10 · major + minor; None when there is no GPU.
+
+    Raises:
+        UserError: The GPU is older than every profile.
+    """
+    if sm is None:
+        return load_profile(GPU_ASSUMED)
+    profiles = [read_profile(path) for path in sorted(targets_folder().glob("cuda-*.toml"))]
+    fitting = [profile for profile in profiles if profile.sm <= sm]
+    if not fitting:
+        raise UserError(f"the GPU here is sm_{sm}, older than every target", hint=f"the oldest is sm_{OLDEST_SM}")
+    return max(fitting, key=lambda profile: profile.sm)
 
 
 def native_profile() -> Profile:

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from mmopt.backends.cpu.choosing import Chooser
-from mmopt.backends.cpu.pipeline import build_library
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
 from mmopt.lowering.partition import Part, partition
 from mmopt.lowering.program import ProgramBuilder
+from mmopt.lowering.targets import library_builder
 from mmopt.runtime.artifact import EntryPoint, Program, Segment, TensorSpec
 
 
@@ -66,7 +66,7 @@ def compile_module(
     library: bytes | None = None
     if native:
         collected = builder.module()
-        library, workspace = build_library(collected, profile, list(builder.kernels))
+        library, workspace = library_builder(profile)(collected, profile, list(builder.kernels))
         done = {name: _with_workspace(entry, workspace) for name, entry in done.items()}
     return Program(
         library=library,

@@ -14,9 +14,10 @@ from tvm.ir import GlobalVar
 
 from mmopt.backends.compute import LoopNest, Reduction, Tensor
 from mmopt.backends.cpu.choosing import Chooser
-from mmopt.backends.cpu.emit import Kernel, KernelEmitter
+from mmopt.backends.cpu.emit import Kernel
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
+from mmopt.lowering.targets import emitter_for, templates_for
 from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, narrow_bits
 
 
@@ -25,6 +26,7 @@ class ProgramBuilder:
 
     Attributes:
         profile: What is compiled for.
+        templates: Kernel templates of the target that take the place of those for a CPU; None there.
         chooser: Picks the parameters of kernel templates.
         kernels: One record for each distinct kernel, for reports.
         built: The kernels themselves, by name.
@@ -33,6 +35,7 @@ class ProgramBuilder:
 
     def __init__(self, profile: Profile, chooser: Chooser | None = None) -> None:
         self.profile = profile
+        self.templates = templates_for(profile)
         self.chooser = chooser or Chooser()
         self.kernels: dict[str, dict[str, Any]] = {}
         self.built: dict[str, Kernel] = {}
@@ -58,7 +61,7 @@ class ProgramBuilder:
 
     def kernel(self, outputs: Sequence[Tensor], hint: str) -> tuple[GlobalVar, Kernel]:
         """The kernel that computes ``outputs``; equal kernels are shared."""
-        emitter = KernelEmitter(outputs, self.profile)
+        emitter = emitter_for(self.profile)(outputs, self.profile)
         kernel = emitter.build()
         handle = self._registry.add_func(kernel.function, "".join(c if c.isalnum() else "_" for c in hint)[:60])
         name = str(handle.name_hint)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mmopt.errors import UnsupportedError
+from mmopt.runtime.gpu import check_gpu
 
 # LLVM's name of a feature, normalized → the kernel's name of it, where the two differ by more than punctuation.
 _KERNEL_NAMES = {
@@ -113,6 +114,7 @@ def check_target(target: Mapping[str, Any], *, where: str) -> None:
     Raises:
         UnsupportedError: Another architecture, or instruction sets this CPU does not have.
     """
+    check_gpu(target, where=where)
     name = target.get("name") or "its target"
     wanted = str(target.get("triple") or "").split("-")[0].lower()
     wanted = _SAME_MACHINE.get(wanted, wanted)

@@ -67,17 +67,20 @@ class ThreadPoolSize:
         return bool(self._count() == self.threads)
 
 
-class _Machine:
+class Machine:
     """A virtual machine and those of its functions that were called."""
 
-    def __init__(self, module: Any, clock: Array | None = None) -> None:
-        module["vm_initialization"](_CPU, _DEVICE_ID, _POOLED)
+    def __init__(
+        self, module: Any, devices: tuple[int, ...] = (_CPU, _DEVICE_ID, _POOLED), clock: Array | None = None
+    ) -> None:
+        module["vm_initialization"](*devices)
         self._module = module
         self._functions: dict[str, Any] = {}
         self.clock = clock
         self.weights: dict[str, Any] = {}
         self.staged: dict[tuple[str, int], tuple[Array, Any]] = {}
         self.workspace = aligned_empty(0)
+        self.device_workspace: Any = None
 
     def function(self, name: str) -> Any:
         if name not in self._functions:
@@ -91,19 +94,25 @@ class NativeEngine:
     def __init__(
         self, library: pathlib.Path, weights: dict[str, Array], threads: int, carried: Sequence[pathlib.Path] = ()
     ) -> None:
-        tvm_ffi = load_runtime(carried)
-        self._ffi = tvm_ffi
-        self.convert = Converter(tvm_ffi)
+        self._ffi, self.convert = self._runtime(carried)
+        tvm_ffi = self._ffi
         self._pool_size = ThreadPoolSize(tvm_ffi, threads)
         self._weights = weights
         self._tensors: dict[str, Any] = {}
-        self._idle: list[_Machine] = []
+        self._idle: list[Machine] = []
         self._lock = threading.Lock()
         try:
             self._library = tvm_ffi.load_module(str(library))
             self._load_vm = self._library["vm_load_executable"]
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
             raise BackendError(f"cannot load the compiled library: {error}", where=str(library)) from error
+
+    def _runtime(self, carried: Sequence[pathlib.Path]) -> tuple[ModuleType, Converter]:
+        tvm_ffi = load_runtime(carried)
+        return tvm_ffi, Converter(tvm_ffi)
+
+    def _machine(self) -> Machine:
+        return Machine(self._load_vm())
 
     def run(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
         """Call the segment's function.
@@ -131,7 +140,7 @@ class NativeEngine:
             The clock of :class:`Segment`, for the caller to read and clear between runs.
         """
         clock = np.zeros(2 * kernels + 1, np.int64)
-        machine = _Machine(self._load_vm(), clock)
+        machine = Machine(self._load_vm(), clock=clock)
         with self._lock:
             kept, self._idle = self._idle, [machine]
         try:
@@ -159,11 +168,11 @@ class NativeEngine:
             raise BackendError(f"{segment.function} gave {len(results)} values instead of {len(segment.outputs)}")
         return results
 
-    def _acquire(self) -> _Machine:
+    def _acquire(self) -> Machine:
         with self._lock:
-            return self._idle.pop() if self._idle else _Machine(self._load_vm())
+            return self._idle.pop() if self._idle else self._machine()
 
-    def _argument(self, segment: Segment, machine: _Machine, position: int, value: Array) -> Any:
+    def _argument(self, segment: Segment, machine: Machine, position: int, value: Array) -> Any:
         """An input as a TVM tensor. Small ones are copied to one that is there already, which takes least time."""
         if not segment.fresh or value.nbytes > STAGED or not value.size or value.dtype.isbuiltin != 1:
             return self.convert.to_tvm(value)
@@ -175,18 +184,21 @@ class NativeEngine:
         np.copyto(array, value)
         return tensor
 
-    def _param_array(self, segment: Segment, machine: _Machine) -> Any:
+    def _param_array(self, segment: Segment, machine: Machine) -> Any:
         """The last argument of the segment's function, with memory that belongs to ``machine``."""
         key = segment.function
         if key not in machine.weights:
             with self._lock:
                 tensors = [self._tensor(name) for name in segment.params]
             if segment.table:
-                tensors.insert(0, self.convert.to_tvm(self._table(segment, machine, tensors)))
+                tensors.insert(0, self._addresses(segment, machine, tensors))
             machine.weights[key] = self._ffi.Array(tensors)
         return machine.weights[key]
 
-    def _table(self, segment: Segment, machine: _Machine, tensors: Sequence[Any]) -> Array:
+    def _addresses(self, segment: Segment, machine: Machine, tensors: Sequence[Any]) -> Any:
+        return self.convert.to_tvm(self._table(segment, machine, tensors))
+
+    def _table(self, segment: Segment, machine: Machine, tensors: Sequence[Any]) -> Array:
         if machine.workspace.nbytes < segment.workspace:
             machine.workspace = aligned_empty(segment.workspace)
         clock = 0 if machine.clock is None else machine.clock.ctypes.data

@@ -15,6 +15,7 @@ import numpy as np
 from mmopt.errors import BackendError, UserError, did_you_mean
 from mmopt.runtime.artifact import LIBRARY, MAIN, WEIGHTS, EntryPoint, Segment, TensorSpec
 from mmopt.runtime.cpu import check_target, default_threads
+from mmopt.runtime.device import DeviceEngine
 from mmopt.runtime.fallback import OnnxRuntimeEngine
 from mmopt.runtime.manifest import Manifest
 from mmopt.runtime.native import NativeEngine
@@ -148,7 +149,8 @@ class Session:
             extent = self._store.extent(WEIGHTS)
             weights = map_weights(extent.path, extent.offset, extent.size)
         carried = [self._store.file(name) for name in self.manifest.files if name.startswith("runtime/")]
-        return NativeEngine(self._store.file(LIBRARY), weights, self.threads, carried)
+        engine = DeviceEngine if self.manifest.target.get("kind") == "cuda" else NativeEngine
+        return engine(self._store.file(LIBRARY), weights, self.threads, carried)
 
     def execute(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
         """Run one segment on the engine it names."""

@@ -109,7 +109,7 @@ class TestWheel:
         assert done.returncode == 0, done.stderr
         where, profiles, listing = done.stdout.split("\n", 2)
         assert pathlib.Path(where).is_relative_to(site)
-        assert set(profiles.split()) == {"cpu", *(path.stem for path in (ROOT / "targets").glob("*.toml"))}
+        assert set(profiles.split()) == {"arm", "cpu", "cuda", *(path.stem for path in (ROOT / "targets").glob("*.toml"))}
         for recipe in (ROOT / "passes" / "recipes").glob("*.toml"):
             assert re.search(rf"^{recipe.stem} ", listing, re.M)
 

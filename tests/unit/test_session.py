@@ -178,9 +178,9 @@ def test_unknown_entry_point(session: Session) -> None:
 def test_concurrent_runs_of_one_session(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     failures: list[str] = []
     busy: set[int] = set()
-    find = native._Machine.function
+    find = native.Machine.function
 
-    def watched(machine: native._Machine, name: str) -> Callable[..., object]:
+    def watched(machine: native.Machine, name: str) -> Callable[..., object]:
         def call(*arguments: object) -> object:
             if id(machine) in busy:
                 failures.append("two runs share the state of one virtual machine")
@@ -192,7 +192,7 @@ def test_concurrent_runs_of_one_session(session: Session, monkeypatch: pytest.Mo
 
         return call
 
-    monkeypatch.setattr(native._Machine, "function", watched)
+    monkeypatch.setattr(native.Machine, "function", watched)
 
     def work(seed: int) -> None:
         # Long enough for the runs of several threads to overlap.

@@ -178,7 +178,7 @@ class KernelEmitter:
         with loading_with(self):
             for tensor in (*self.plan.sources, *self.outputs):
                 self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, tensor.name))
-            body = self._shared_rows() if self.plan.shared else self._stages(self.plan.stages)
+            body = self.finished(self._shared_rows() if self.plan.shared else self._stages(self.plan.stages))
         symbols = self._symbols(body)
         params = [
             *(self.places[s].buffer for s in self.plan.sources),
@@ -189,6 +189,10 @@ class KernelEmitter:
             {"tirx.noalias": True, "s_tir": True, "tirx.is_scheduled": True}
         )
         return Kernel(function, self.plan.sources, symbols, self.outputs)
+
+    def finished(self, body: Stmt) -> Stmt:
+        """The statements of the whole kernel, as the target runs them."""
+        return body
 
     def _symbols(self, body: Stmt) -> list[Expr]:
         """Sizes the kernel needs: in extents, and as plain operands of rules."""

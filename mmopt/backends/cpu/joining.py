@@ -53,15 +53,17 @@ class Joined:
     workspace: int
 
 
-def join_kernels(module: tvm.IRModule, slots: Mapping[str, int]) -> Joined:
+def join_kernels(module: tvm.IRModule, slots: Mapping[str, int], *, on_device: bool = False) -> Joined:
     """Join the kernels of every Relax function.
 
     Args:
         module: Relax functions without dataflow blocks, and the kernels they call. A function that has weights takes
             them as its last parameter, an array whose first element is the table of addresses.
         slots: Position of each kernel's slot in the clock, by name.
+        on_device: Tensors lie in a device's memory, where the function that calls the kernels cannot keep anything:
+            nothing is timed, and kernels are functions that raise.
     """
-    joiner = _Joiner(module, slots)
+    joiner = _Joiner(module, slots, on_device)
     for handle, function in module.functions.items():
         if isinstance(function, relax.Function) and isinstance(function.body, relax.SeqExpr):
             joiner.rewrite(handle, function)
@@ -110,8 +112,8 @@ class _Step:
 class _Joiner:
     """Rewrites functions one after another; kernels they share get one form with pointers."""
 
-    def __init__(self, module: tvm.IRModule, slots: Mapping[str, int]) -> None:
-        self.module, self.slots = module, slots
+    def __init__(self, module: tvm.IRModule, slots: Mapping[str, int], on_device: bool) -> None:
+        self.module, self.slots, self.on_device = module, slots, on_device
         self.functions: dict[GlobalVar, Any] = {
             handle: function for handle, function in module.functions.items() if not isinstance(function, tirx.PrimFunc)
         }
@@ -358,10 +360,11 @@ class _RunFunction:
     def build(self) -> tuple[tirx.PrimFunc, list[Any]]:
         """The function and the arguments of its call."""
         symbols = self._symbols()
-        calls = self._calls() if self._table is None else self._timed_calls(self._table)
+        timed = self._table is not None and not self._joiner.on_device
+        calls = self._timed_calls(self._table) if self._table is not None and timed else self._calls()
         table = [] if self._table is None else [self._table]
         outputs = [self._outputs[id(made)] for made in self.leaving]
-        body = seq(*self._declared(), *calls, self._checked())
+        body = seq(*self._declared(), *calls, None if self._joiner.on_device else self._checked())
         function = tirx.PrimFunc([*self._inputs, *table, *symbols, *outputs], body)
         tables = [] if self._table is None else [self.run.owner.table()]
         return function.with_attr(_ATTRIBUTES), [*self.run.inputs, *tables, *symbols]
@@ -369,7 +372,7 @@ class _RunFunction:
     def _declared(self) -> list[Stmt]:
         """Memory: the caller's workspace where there is one, and what has a size known at run time."""
         clear = tirx.BufferStore(self._failed, tirx.const(0, "int32"), [i64(0)])
-        made: list[Stmt] = [tirx.AllocBuffer(self._failed), clear]
+        made: list[Stmt] = [] if self._joiner.on_device else [tirx.AllocBuffer(self._failed), clear]
         fixed, *others = self._places.buffers
         if self._table is None:
             made.append(tirx.AllocBuffer(fixed))
@@ -420,6 +423,8 @@ class _RunFunction:
         callee = self._joiner.bare(step.handle)
         tensors = [e for e, given in zip(inputs, step.inputs, strict=True) if isinstance(given, _Memory)]
         sizes = [e for e, given in zip(inputs, step.inputs, strict=True) if not isinstance(given, _Memory)]
+        if self._joiner.on_device:
+            return tirx.Evaluate(tirx.call_cpacked(str(callee.name_hint), *tensors, *sizes, *outputs))
         status = Call(callee, [*tensors, *sizes, *outputs], ret_ty=_STATUS)
         failed = tirx.bitwise_or(self._failed[i64(0)], status)
         return tirx.BufferStore(self._failed, failed, [i64(0)])
@@ -491,10 +496,14 @@ def settle(function: tirx.PrimFunc) -> tirx.PrimFunc:
     """
     if not (function.attrs and _BARE in function.attrs):
         return function
-    body = function.body
-    for key, number in (("device_type", _CPU), ("device_id", 0)):
+    return function.with_body(seq(in_memory_of(_CPU, function.body), tirx.Return(tirx.const(0, "int32"))))
+
+
+def in_memory_of(device: int, body: Stmt) -> Stmt:
+    """``body`` with its temporaries in the memory of a kind of device, by DLPack's number of it."""
+    for key, number in (("device_type", device), ("device_id", 0)):
         body = tirx.AttrStmt(tirx.const(0, "int32"), key, tirx.const(number, "int32"), body)
-    return function.with_body(seq(body, tirx.Return(tirx.const(0, "int32"))))
+    return body
 
 
 def _buffer(shape: Iterable[Expr], dtype: str, name: str) -> tirx.Buffer:

@@ -45,10 +45,14 @@ def target_of(profile: Profile) -> tvm.target.Target:
     return tvm.target.Target(spec)
 
 
+def plain(module: tvm.IRModule) -> tvm.IRModule:
+    """``module`` with its Relax functions in the form that :func:`~.joining.join_kernels` takes."""
+    steps = relax.transform
+    return tvm.transform.Sequential([steps.Normalize(), steps.ToNonDataflow(), steps.RemovePurityChecking()])(module)
+
+
 def join(module: tvm.IRModule, kernels: Sequence[str]) -> Joined:
     """Bring Relax functions into plain form and join their kernels; see :func:`~.joining.join_kernels`."""
-    steps = relax.transform
-    plain = tvm.transform.Sequential([steps.Normalize(), steps.ToNonDataflow(), steps.RemovePurityChecking()])
     return join_kernels(plain(module), {name: position for position, name in enumerate(kernels)})
 
 

@@ -41,6 +41,9 @@ def attention(node: OpNode) -> list[Value]:
     _check_heads(q, k, v)
     offset = past.shape[2] if past is not None else None
     rules = Rules(_scale(node, q), node.attr("softcap", 0.0), bool(node.attr("is_causal", 0)), offset)
+    if (templates := node.context.program.templates) is not None:
+        result = templates.attention(node, (q, k, v), node.optional(3), lengths, rules)
+        return [result, k, v][: node.n_outputs]
     nest = _narrow(node, rules) or _template(
         node, q, k, v, rules, None if lengths is None else node.context.tensor(lengths)
     )

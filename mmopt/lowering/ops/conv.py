@@ -82,6 +82,8 @@ def conv(node: OpNode) -> Value:
 
 def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
     """Pick the template for a convolution."""
+    if (templates := node.context.program.templates) is not None:
+        return templates.convolution(node, x, known_widened(w), bias, groups, shape)
     if (narrow := narrow_convolution(node, x, w, bias, groups, shape)) is not None:
         return narrow
     w = known_widened(w)
@@ -89,12 +91,12 @@ def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
     channels, depth, out = static(x.shape[1]), static(w.shape[1]), static(w.shape[0])
     usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
     if not usable or out is None or depth is None or 0 in static_or_one((*w.shape, *x.shape)):
-        return _generic(node, x, w, bias, groups, shape)
+        return generic_convolution(node, x, w, bias, groups, shape)
     if groups == channels == out and out % lanes == 0:
         return _depthwise(node, x, w, bias, shape, lanes)
     each = out // groups
     if groups > 1 and (each % lanes or (depth % lanes and depth * groups % lanes == 0)):
-        return _generic(node, x, w, bias, groups, shape)
+        return generic_convolution(node, x, w, bias, groups, shape)
     return _direct(node, x, w, bias, groups, shape, lanes)
 
 
@@ -229,7 +231,7 @@ def padded_input(node: OpNode, x: Value, shape: Geometry, lanes: int, fill: floa
     return value.tensor
 
 
-def _generic(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
+def generic_convolution(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
     """Any dtype, any filter: a plain reduction with guarded reads."""
     context = node.context
     data, filters = context.tensor(x), context.tensor(w)

@@ -39,14 +39,16 @@ def product_of(node: OpNode, a: Value, b: Value) -> Value:
         rows = [] if a.ndim == 1 else [full.shape[-2]]
         columns = [] if b.ndim == 1 else [full.shape[-1]]
         return context.reshape(full, [*full.shape[:-2], *rows, *columns])
+    if (templates := context.program.templates) is not None:
+        return templates.product(node, a, b)
     if (narrow := narrow_product(node, a, b)) is not None:
         return narrow
     if a.dtype not in _TEMPLATE_DTYPES:
-        return _plain(node, a, b)
+        return plain_product(node, a, b)
     if b.constant is not None and b.ndim == 2 and static(b.shape[1]):
         return packed_product(node, a, b, b.constant)
     if any(static(d) == 0 for d in (*a.shape, *b.shape)):
-        return _plain(node, a, b)
+        return plain_product(node, a, b)
     stored = [value for value in (a, b) if not _is_view(value, rows=value is a)]
     context.realize(stored, "operand")
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
@@ -89,8 +91,11 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
         key: Names how ``weight`` was made from ``b``.
     """
     context = node.context
+    if (templates := context.program.templates) is not None:
+        plain = context.program.packed(b, ("plain", key), lambda _: weight).data
+        return templates.product(node, a, b if weight is b.constant else Value(constant=plain, name=b.name))
     if 0 in weight.shape or any(static(d) == 0 for d in a.shape):
-        return _plain(node, a, Value(constant=weight))
+        return plain_product(node, a, Value(constant=weight))
     rows = simplify(product(a.shape[:-1]))
     flat = context.reshape(a, (rows, a.shape[-1]))
     context.realize([flat], "operand")
@@ -120,7 +125,7 @@ def _workload(b: str, dtype: str, batch: Expr, rows: Expr, columns: Expr, depth:
     return Workload("matmul", (*dims.items(), ("b", b)), (dtype,), operations)
 
 
-def _plain(node: OpNode, a: Value, b: Value) -> Value:
+def plain_product(node: OpNode, a: Value, b: Value) -> Value:
     """Any dtype, by a generic reduction."""
     batch = broadcast_shape([a.shape[:-2], b.shape[:-2]]) if a.ndim > 2 or b.ndim > 2 else ()
     shape = (*batch, a.shape[-2], b.shape[-1])

@@ -1,0 +1,36 @@
+"""Lowerings to the kernel templates of NVIDIA GPUs."""
+
+from __future__ import annotations
+
+from mmopt.backends.cpu.kernels.attention import Rules
+from mmopt.backends.profile import Profile
+from mmopt.lowering.ops.conv import Geometry, generic_convolution
+from mmopt.lowering.ops.matmul import plain_product
+from mmopt.lowering.registry import OpNode
+from mmopt.lowering.values import NotLowered, Value
+
+
+class CudaTemplates:
+    """See :class:`mmopt.lowering.targets.Templates`."""
+
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+
+    def product(self, node: OpNode, a: Value, b: Value) -> Value:
+        """``a @ b``."""
+        return plain_product(node, a, b)
+
+    def convolution(self, node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
+        """A convolution."""
+        return generic_convolution(node, x, w, bias, groups, shape)
+
+    def attention(
+        self,
+        node: OpNode,
+        operands: tuple[Value, Value, Value],
+        mask: Value | None,
+        lengths: Value | None,
+        rules: Rules,
+    ) -> Value:
+        """Attention."""
+        raise NotLowered("there is no attention template")
