@@ -179,12 +179,25 @@ def optimize(
         samples=samples,
         samples_from=samples_from,
         evaluation=evaluation,
+        predict=_predictor(target),
         dump_dir=None if dump_dir is None else pathlib.Path(dump_dir),
         target=target,
         progress=progress,
         threads=threads,
     )
     return OptimizeResult(result, manager.run(result))
+
+
+def _predictor(target: str) -> Callable[[Module], float]:
+    """The cost model of a target's kernels; the profile is read when it is first asked."""
+
+    def predict(module: Module) -> float:
+        from mmopt.backends.profile import load_profile
+        from mmopt.lowering.prediction import predicted_cycles
+
+        return predicted_cycles(module, load_profile(target))
+
+    return predict
 
 
 def choose_recipe(
@@ -244,7 +257,7 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
         if any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes):
             return ()
         narrow = (NarrowFloats(kinds=("Attention",)),) if target and _multiplies_bf16(target) else ()
-        return (QuantizeStatic(), *narrow)
+        return (QuantizeStatic(portable=not target), *narrow)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)

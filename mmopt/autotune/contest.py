@@ -146,21 +146,22 @@ def contest(
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmopt-contest-")))
         sides = [
-            stack.enter_context(_compiled(module, profile, chooser, folder / name, threads))
+            stack.enter_context(compiled(module, profile, chooser, folder / name, threads))
             for name, chooser in (("predicted.mmopt", Chooser()), ("tuned.mmopt", tuned))
         ]
         times: list[list[float]] = [[], []]
-        repeats = [_repeats(side, values) for side in sides]
+        repeats = [repeats_of(side, values) for side in sides]
         started = time.monotonic()
         while len(times[0]) < TURNS and (len(times[0]) < 3 or time.monotonic() - started < SECONDS):
             for side in (0, 1) if len(times[0]) % 2 == 0 else (1, 0):
-                times[side].append(_turn(sides[side], values, repeats[side]))
+                times[side].append(turn(sides[side], values, repeats[side]))
     ratio = statistics.median(b / a for a, b in zip(*times, strict=True))
     return Contest(statistics.median(times[0]), statistics.median(times[1]), ratio, len(times[0]))
 
 
 @contextlib.contextmanager
-def _compiled(module: Module, profile: Profile, chooser: Chooser, path: pathlib.Path, threads: int) -> Any:
+def compiled(module: Module, profile: Profile, chooser: Chooser, path: pathlib.Path, threads: int) -> Any:
+    """A session of ``module``, compiled to ``path``; unverified, for measuring."""
     program = compile_module(module, profile, options=CompileOptions(chooser=chooser))
     with write_artifact(path) as writer:
         writer.add_program(program)
@@ -171,12 +172,13 @@ def _compiled(module: Module, profile: Profile, chooser: Chooser, path: pathlib.
             yield session
 
 
-def _repeats(session: Session, values: Mapping[str, Any]) -> int:
+def repeats_of(session: Session, values: Mapping[str, Any]) -> int:
+    """How many runs make a turn of some :data:`TURN_SECONDS`."""
     session.run(values)
-    return max(1, min(1000, int(TURN_SECONDS / max(_turn(session, values, 1), 1e-6))))
+    return max(1, min(1000, int(TURN_SECONDS / max(turn(session, values, 1), 1e-6))))
 
 
-def _turn(session: Session, values: Mapping[str, Any], repeats: int) -> float:
+def turn(session: Session, values: Mapping[str, Any], repeats: int) -> float:
     """Median seconds of a run, after a pause and an unmeasured run."""
     time.sleep(PAUSE)
     session.run(values)

@@ -52,6 +52,17 @@ def optimize(
             help="Quantize layer by layer; SHARE: bytes of weights that mixed may keep, of those in fp32.",
         ),
     ] = None,
+    prune: Annotated[
+        str | None,
+        typer.Option(
+            metavar="40%|towers.NAME=30%,…",
+            help="Cut units until so much less is computed; repaired with --calib. By tower as well.",
+        ),
+    ] = None,
+    prune_to: Annotated[
+        str | None,
+        typer.Option(metavar="1.6x", help="Cut units until the model is so many times faster, measured here."),
+    ] = None,
     evaluator: Annotated[
         str | None,
         typer.Option(
@@ -111,7 +122,10 @@ def optimize(
     if emit is not None and emit not in EMIT:
         raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
     from mmopt.cli.optimizing import Job, Request, quantization, tuning_options
+    from mmopt.cli.pruning import pruning, speedup
 
+    if prune is not None and prune_to is not None:
+        raise UserError("how much to cut is given twice", where="--prune, --prune-to", hint="give one of them")
     Job(
         Request(
             model=model,
@@ -119,7 +133,8 @@ def optimize(
             target=target,
             level=level,
             recipe=recipe,
-            passes=(*(passes or ()), *quantization(quant)),
+            passes=(*pruning(prune, repair=calib is not None), *(passes or ()), *quantization(quant)),
+            prune_to=None if prune_to is None else speedup(prune_to),
             precision=precision,
             calib=calib,
             evaluator=evaluator,

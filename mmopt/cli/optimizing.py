@@ -14,6 +14,8 @@ from mmopt.api import OptimizeResult, Tuning, choose_recipe, chosen_precision, c
 from mmopt.api import optimize as optimize_module
 from mmopt.building import CompileResult
 from mmopt.cli.output import Output, size_text, time_text
+from mmopt.cli.pruning import NAMES as PRUNING
+from mmopt.cli.pruning import pruning
 from mmopt.cli.speed import Speed, measure
 from mmopt.errors import UserError, VerifyError, did_you_mean
 from mmopt.evaluation import Evaluation, Judgement, load_evaluation
@@ -30,15 +32,18 @@ from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
+from mmopt.transforms.prune.reference import reference_of
 from mmopt.transforms.quantize import Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
     from mmopt.pipeline.report import PipelineReport
+    from mmopt.pruning import ModalityRecord
 
 
 _LOSSY = (
-    "calibration", NarrowFloats.name, Quantize.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name
+    "calibration", NarrowFloats.name, Quantize.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name,
+    *PRUNING,
 )  # fmt: skip
 """Whose remarks are shown on every run: what they say is part of the result."""
 
@@ -53,6 +58,7 @@ class Request:
     level: int
     recipe: str | None
     passes: tuple[str, ...]
+    prune_to: float | None
     precision: str | None
     calib: str | None
     inputs: tuple[pathlib.Path, ...]
@@ -86,6 +92,7 @@ class Outcome:
         speed: How fast, against onnxruntime.
         fallback: What does not run natively, and why.
         tuning: What -O3 measured.
+        pruned: Whether the result was compared with the pruned model in place of the model as it was.
         judgement: How the result does its task, when there is an evaluator.
     """
 
@@ -99,6 +106,7 @@ class Outcome:
     fallback: list[str]
     tuning: dict[str, Any] | None = None
     judgement: Judgement | None = None
+    pruned: bool = False
 
 
 class Job:
@@ -137,6 +145,8 @@ class Job:
             show.say("evaluating the model as it is")
             seed, threads = self._settings["seed"], self._settings.get("jobs", 0)
             self._evaluation = self._evaluation.against(original, threads=threads, seed=seed)
+        if request.prune_to is not None:
+            self._prune_to(request.prune_to, original, inputs, samples)
         with show.steps("optimize") as steps:
             optimized = optimize_module(
                 original,
@@ -160,8 +170,69 @@ class Job:
         for remark in optimized.module.remarks:
             if remark.source in _LOSSY:
                 show.say(f"{remark.node or remark.source}: {remark.message}", level=0 if not remark.node else 1)
-        outcome = self._write(original, optimized, inputs)
-        self._tell(outcome, optimized.report)
+        modalities = self._modalities(original, optimized.module, samples)
+        reference = optimized.module if reference_of(optimized.module) else original
+        outcome = dataclasses.replace(
+            self._write(original, optimized, inputs, reference), pruned=reference is not original
+        )
+        self._tell(outcome, optimized.report, modalities)
+
+    def _prune_to(
+        self,
+        speedup: float,
+        original: Module,
+        inputs: Sequence[Inputs] | None,
+        samples: dict[str, Any] | Literal["random"] | None,
+    ) -> None:
+        """Measure how much has to be cut, and have the recipe cut it."""
+        from mmopt.pruning import share_for_speedup
+
+        request, settings = self._request, self._settings
+        with self._show.steps("prune") as steps:
+            found = share_for_speedup(
+                original,
+                speedup,
+                target=settings["target"],
+                inputs=self._measured_on(original, inputs),
+                threads=settings.get("jobs", 0),
+                progress=steps.at,
+                level=request.level,
+                recipe=request.recipe,
+                passes=request.passes,
+                precision=request.precision,
+                samples=samples,
+                validate="off",
+                seed=settings["seed"],
+            )
+        self._show.say(f"cutting {found.share:.1%} makes it {found.speedup:.2f} times faster")
+        passes = pruning(f"{found.share:.4f}", repair=samples is not None, measure="time")
+        self._recipe = choose_recipe(
+            request.level, request.precision, request.recipe, (*passes, *request.passes), settings["target"]
+        )
+
+    def _modalities(
+        self, original: Module, result: Module, samples: dict[str, Any] | Literal["random"] | None
+    ) -> list[ModalityRecord]:
+        """What pruning did to each modality; a model that has lost one is refused."""
+        if reference_of(result) is None or not isinstance(samples, dict):
+            return []
+        from mmopt.pruning import check_modalities, modality_report
+
+        seed, threads = self._settings["seed"], self._settings.get("jobs", 0)
+        records = modality_report(original, result, samples, evaluation=self._evaluation, threads=threads, seed=seed)
+        for record in records:
+            self._show.say(str(record))
+        if not self._request.allow_mismatch:
+            check_modalities(records)
+        return records
+
+    def _measured_on(self, module: Module, inputs: Sequence[Inputs] | None) -> Inputs:
+        """Inputs to measure on: the first that were given, or made from the model."""
+        if inputs is not None:
+            return inputs[0]
+        seed = self._settings["seed"]
+        with ReferenceRunner(seed=seed) as runner:
+            return probe_inputs(module, seeds=[seed], runner=runner)[0]
 
     def _load(self) -> Module:
         request = self._request
@@ -197,16 +268,19 @@ class Job:
             self._show.result(line)
         self._show.json({"dry_run": True, "plan": lines, "settings": self._settings, "output": str(self._output)})
 
-    def _write(self, original: Module, optimized: OptimizeResult, inputs: Sequence[Inputs] | None) -> Outcome:
+    def _write(
+        self, original: Module, optimized: OptimizeResult, inputs: Sequence[Inputs] | None, reference: Module
+    ) -> Outcome:
+        """Write the result. It has to agree with ``reference``: a cut model differs from the original on purpose."""
         if self._emit == "onnx":
-            return self._write_onnx(original, optimized.module, inputs)
+            return self._write_onnx(original, optimized.module, inputs, reference)
         with self._show.steps("compile") as steps:
             built = compile(
                 optimized.module,
                 output=self._output,
                 target=self._settings["target"],
                 tuning=self._request.tuning,
-                reference=original,
+                reference=reference,
                 inputs=inputs,
                 tolerance=self._request.tolerance,
                 allow_mismatch=self._request.allow_mismatch,
@@ -239,18 +313,17 @@ class Job:
             return Speed(reason="--quiet")
         if built.unverified:
             return Speed(reason="it cannot run here")
-        if inputs is None:
-            seed = self._settings["seed"]
-            with ReferenceRunner(seed=seed) as runner:
-                inputs = probe_inputs(original, seeds=[seed], runner=runner)
+        values = self._measured_on(original, inputs)
         self._show.say("measuring against onnxruntime")
-        return measure(built.path, original, inputs[0], self._settings.get("jobs") or default_threads())
+        return measure(built.path, original, values, self._settings.get("jobs") or default_threads())
 
-    def _write_onnx(self, original: Module, module: Module, inputs: Sequence[Inputs] | None) -> Outcome:
+    def _write_onnx(
+        self, original: Module, module: Module, inputs: Sequence[Inputs] | None, reference: Module
+    ) -> Outcome:
         seed = self._settings["seed"]
         check = compare_runnables(
             ModelRunnable(module, self._output.name, seed=seed),
-            ModelRunnable(original, "the original model", seed=seed),
+            ModelRunnable(reference, "the original model" if reference is original else "the pruned model", seed=seed),
             inputs=inputs,
             seed=seed,
             tolerance=self._request.tolerance,
@@ -277,7 +350,7 @@ class Job:
         given = {key: _plain(value) for key, value in dataclasses.asdict(self._request).items()}
         return {**given, **self._settings, "recipe": self._recipe.name, "output": str(self._output), "emit": self._emit}
 
-    def _tell(self, outcome: Outcome, report: PipelineReport) -> None:
+    def _tell(self, outcome: Outcome, report: PipelineReport, modalities: Sequence[ModalityRecord]) -> None:
         for line in summary(outcome, report):
             self._show.result(line)
         self._show.json(
@@ -292,6 +365,7 @@ class Job:
                 "fallback": outcome.fallback,
                 "tuning": outcome.tuning,
                 "task": None if outcome.judgement is None else outcome.judgement.to_dict(),
+                "modalities": [dataclasses.asdict(record) for record in modalities],
             }
         )
         if outcome.check is not None and not outcome.check.ok:
@@ -358,7 +432,8 @@ def _exactness_text(outcome: Outcome) -> str:
     source = "given inputs" if check.inputs_from == "given" else "inputs made from the model"
     verdict = "" if check.ok else "DISAGREES: "
     error = f"largest error {check.max_relative_error:.2g} of an output's range"
-    return f"{verdict}{error} in {check.precision} ({check.sets} sets of {source})"
+    against = " of the pruned model" if outcome.pruned else ""
+    return f"{verdict}{error}{against} in {check.precision} ({check.sets} sets of {source})"
 
 
 def write_onnx(module: Module, output: pathlib.Path) -> int:

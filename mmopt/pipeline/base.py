@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import enum
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -39,6 +40,8 @@ class PassContext:
         remarks: Where the pass leaves remarks; the manager moves them to the module (kept even on rollback).
         samples_from: ``given`` when the inputs are the user's, ``random`` when they were made up on request.
         evaluation: The user's evaluator, with the metrics of the original model, when there is one.
+        predict: Cycles of one core that the target's kernels are predicted to take for one run of a module; None when
+            no target predicts them.
     """
 
     target: str = ""
@@ -47,6 +50,7 @@ class PassContext:
     remarks: list[Remark] = dataclasses.field(default_factory=list)
     samples_from: str = "given"
     evaluation: Evaluation | None = None
+    predict: Callable[[Module], float] | None = None
 
 
 def kebab_case(name: str) -> str:

@@ -69,6 +69,7 @@ class PassManager:
         samples: Calibration samples for passes that want some, by input name, each with a leading axis of samples.
         samples_from: ``given``, or ``random`` when they were made up on request.
         evaluation: The user's evaluator, for passes that judge by the task.
+        predict: The target's cost model, for passes that go by time.
         dump_dir: Folder that gets the module as text before the first and after every pass; None writes nothing.
         target: Name of the target, for passes that ask.
         progress: Called before and after each pass.
@@ -89,6 +90,7 @@ class PassManager:
         samples: dict[str, np.ndarray[Any, Any]] | None = None,
         samples_from: str = "given",
         evaluation: Evaluation | None = None,
+        predict: Callable[[Module], float] | None = None,
         dump_dir: pathlib.Path | None = None,
         target: str = "",
         progress: Callable[[Progress], None] | None = None,
@@ -104,6 +106,7 @@ class PassManager:
         self.samples = samples if samples is not None else _stack(self.inputs)
         self.samples_from = samples_from
         self.evaluation = evaluation
+        self.predict = predict
         self.dump_dir = dump_dir
         self.target = target
         self.progress = progress
@@ -254,7 +257,13 @@ class _Run:
         """Run ``pass_`` on ``work``; make it the current module when that is right."""
         manager = self._manager
         context = PassContext(
-            manager.target, manager.seed, manager.samples, record.remarks, manager.samples_from, manager.evaluation
+            manager.target,
+            manager.seed,
+            manager.samples,
+            record.remarks,
+            manager.samples_from,
+            manager.evaluation,
+            manager.predict,
         )
         started = time.perf_counter()
         try:

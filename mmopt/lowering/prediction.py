@@ -1,0 +1,28 @@
+"""How long a module takes by the templates' own models, without generating code."""
+
+from __future__ import annotations
+
+from mmopt.backends.cpu.choosing import Chooser
+from mmopt.backends.profile import Profile
+from mmopt.ir.module import Module
+from mmopt.lowering.compiler import CompileOptions
+from mmopt.lowering.partition import partition
+from mmopt.lowering.program import ProgramBuilder
+
+
+def predicted_cycles(module: Module, profile: Profile) -> float:
+    """Cycles of one core that the kernels of ``module`` take by the predictions of their templates.
+
+    Kernels whose templates predict nothing (element by element, moving data) do not count.
+
+    Args:
+        module: The module; sizes known at run time only count as typical.
+        profile: What it would be compiled for.
+
+    Raises:
+        UnsupportedError: A node runs neither natively nor in onnxruntime.
+    """
+    builder = ProgramBuilder(profile, Chooser())
+    partition(module, "main", builder, CompileOptions())
+    records = builder.kernels.values()
+    return float(sum(record.get("cycles", 0.0) * record["calls"] for record in records))

@@ -1,0 +1,242 @@
+"""What pruning did to each modality, and how much has to go for a model to be so many times faster."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mmopt.api import OptimizeResult, optimize
+from mmopt.errors import ContractError, UserError
+from mmopt.evaluation import Evaluation
+from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.module import Module
+from mmopt.runnable import Inputs
+from mmopt.transforms.prune.modalities import Blanks
+from mmopt.transforms.prune.observing import batches_of
+from mmopt.transforms.prune.sensitivity import outputs_moved
+
+Array = np.ndarray[Any, Any]
+
+COLLAPSED = 0.5
+"""Share of what a modality says alone from which it counts as lost."""
+
+_SAMPLES = 128
+_ROUNDS = 5
+_CLOSE = 0.06
+"""How far a measured speed-up may lie above the one asked for, of it, before less is cut."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModalityRecord:
+    """One modality before and after.
+
+    Attributes:
+        tower: Its tower.
+        moved: Squared error of the outputs when it alone says anything, of their variance before: 0 when all is kept,
+            1 when nothing of it is left.
+        before: Metrics of the task with it alone, of the model as it was; empty without an evaluator.
+        after: The same of the result.
+    """
+
+    tower: str
+    moved: float
+    before: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    after: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether most of what it said is lost."""
+        return self.moved > COLLAPSED
+
+    def __str__(self) -> str:
+        metrics = ", ".join(f"{name} {value:.4g} → {self.after[name]:.4g}" for name, value in self.before.items())
+        return f"{self.tower} alone: outputs moved by {self.moved:.2%} of their variance" + (
+            f", {metrics}" * bool(metrics)
+        )
+
+
+def modality_report(
+    original: Module,
+    result: Module,
+    samples: Mapping[str, Array],
+    *,
+    evaluation: Evaluation | None = None,
+    threads: int = 0,
+    seed: int = 0,
+) -> list[ModalityRecord]:
+    """Look at each modality alone, with the inputs of all others blank, in the model as it was and in the result.
+
+    Args:
+        original: The model as it was.
+        result: What became of it.
+        samples: Arrays by input name with a leading axis of samples; they say what a blank input looks like.
+        evaluation: How the task judges a model.
+        threads: Threads of the reference runtime.
+        seed: Seed of operators that draw random numbers.
+
+    Returns:
+        A record for each tower with data of its own; none for models with one tower.
+
+    Raises:
+        UserError: The samples do not fit, or the evaluator fails.
+        BackendError: A model does not run on them.
+    """
+    batches = batches_of(original, samples, most=_SAMPLES)
+    blanks = Blanks(original, batches)
+    records = []
+    with ReferenceRunner(threads=threads, seed=seed) as runner:
+        runs = [runner.prepare(module) for module in (original, result)]
+        for tower in blanks.towers:
+            feeds = [blanks.alone(one, tower) for one in batches]
+            before, after = ([run(one) for one in feeds] for run in runs)
+            metrics: list[Mapping[str, float]] = [{}, {}]
+            if evaluation is not None:
+                metrics = [evaluation.measure(_alone(run, blanks, tower)) for run in runs]
+            records.append(ModalityRecord(tower, outputs_moved(after, before), *metrics))
+    return records
+
+
+def _alone(run: Callable[[Mapping[str, Any]], Any], blanks: Blanks, tower: str) -> Callable[[Mapping[str, Any]], Any]:
+    return lambda feeds: run(blanks.alone(feeds, tower))
+
+
+def check_modalities(records: Sequence[ModalityRecord]) -> None:
+    """Refuse a result that has lost a modality.
+
+    Raises:
+        ContractError: There is one.
+    """
+    if lost := [record for record in records if record.collapsed]:
+        raise ContractError(
+            "; ".join(map(str, lost)),
+            where=f"the {lost[0].tower} modality collapsed",
+            hint="cut less, by tower (--prune towers.NAME=10%), or repair on more samples",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """How much to cut for a speed-up.
+
+    Attributes:
+        share: Share of the cost to cut.
+        speedup: Measured, over the same model without a cut.
+        before: Seconds of a run without a cut.
+        after: Seconds of a run with it.
+        tried: Shares and the speed-ups they gave, in order.
+    """
+
+    share: float
+    speedup: float
+    before: float
+    after: float
+    tried: tuple[tuple[float, float], ...]
+
+
+def share_for_speedup(
+    module: Module,
+    speedup: float,
+    *,
+    target: str = "cpu",
+    inputs: Inputs,
+    threads: int = 0,
+    measure: str = "time",
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    **options: Any,
+) -> Found:
+    """Find how much to cut for a model to be ``speedup`` times faster: cut, compile, measure, and correct.
+
+    Which weights a product has does not change its time, so nothing is repaired here.
+
+    Args:
+        module: The model.
+        speedup: How many times faster it is to be, over itself compiled without a cut.
+        target: Name or file of the target profile, which must fit this machine.
+        inputs: What to measure on.
+        threads: Threads to measure with; 0 takes all cores.
+        measure: What the shares are of: ``time`` or ``macs``.
+        progress: Told rounds done, all rounds, and what is done.
+        options: Further arguments of :func:`mmopt.optimize`.
+
+    Raises:
+        UserError: It cannot become so fast, or a speed-up that makes no sense.
+        UnsupportedError: The target is not this machine.
+    """
+    if not 1 < speedup < 100:
+        raise UserError(f"a speed-up of {speedup:g} makes no sense", where="--prune-to", hint="for example 1.6x")
+    given = tuple(options.pop("passes", ()))
+    whole = optimize(module, target=target, passes=given, **options)
+    tried: list[tuple[float, float]] = []
+    times = (0.0, 0.0)
+    share = 1 - 1 / speedup
+    best: tuple[float, float, tuple[float, float]] | None = None
+    for round_ in range(_ROUNDS):
+        progress(round_, _ROUNDS, f"cut {share:.0%} and measure")
+        spec = f'prune-structured{{share="{share:.4f}",measure={measure}}}'
+        pruned = optimize(module, target=target, passes=(spec, *given), **options)
+        times = _measure(whole, pruned, target, inputs, threads)
+        ratio = times[0] / times[1]
+        tried.append((share, ratio))
+        if ratio >= speedup and (best is None or share < best[0]):
+            best = share, ratio, times
+        if speedup <= ratio <= speedup * (1 + _CLOSE):
+            break
+        share = _next_share(tried, speedup)
+    if best is None:
+        fastest = max(ratio for _, ratio in tried)
+        raise UserError(
+            f"the model cannot be made {speedup:g} times faster by cutting units: {fastest:.2f} times was reached",
+            where="--prune-to",
+            hint="ask for less, lower the floors with --pass 'prune-structured{floor=…}', or quantize as well",
+        )
+    return Found(best[0], best[1], *best[2], tuple(tried))
+
+
+def _next_share(tried: Sequence[tuple[float, float]], speedup: float) -> float:
+    """The share at which the time, as a line between what was measured, is that of the speed-up."""
+    points = sorted([(0.0, 1.0), *((share, 1 / ratio) for share, ratio in tried)])
+    wanted = 1 / (speedup * (1 + _CLOSE / 3))
+    below = [point for point in points if point[1] > wanted]
+    above = [point for point in points if point[1] <= wanted]
+    left = below[-1] if below else points[0]
+    right = above[0] if above else None
+    if right is None:
+        # Beyond all that was tried: on along the line from nothing to the last.
+        last = points[-1]
+        slope = (1 - last[1]) / max(last[0], 1e-6)
+        return float(np.clip((1 - wanted) / max(slope, 1e-3), last[0] + 0.02, min(0.97, last[0] + 0.25)))
+    part = (left[1] - wanted) / max(left[1] - right[1], 1e-9)
+    return float(left[0] + part * (right[0] - left[0]))
+
+
+def _measure(
+    whole: OptimizeResult, pruned: OptimizeResult, target: str, inputs: Inputs, threads: int
+) -> tuple[float, float]:
+    """Median seconds of a run of both, compiled, in turns."""
+    from mmopt.autotune.contest import TURNS, compiled, repeats_of, turn
+    from mmopt.backends.cpu.choosing import Chooser
+    from mmopt.backends.profile import load_profile
+    from mmopt.runtime.cpu import default_threads
+
+    profile = load_profile(target)
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmopt-prune-")))
+        sides = [
+            stack.enter_context(
+                compiled(result.module, profile, Chooser(), folder / name, threads or default_threads())
+            )
+            for name, result in (("whole.mmopt", whole), ("pruned.mmopt", pruned))
+        ]
+        repeats = [repeats_of(side, inputs) for side in sides]
+        times: tuple[list[float], list[float]] = ([], [])
+        for number in range(TURNS // 2):
+            for place in (0, 1) if number % 2 == 0 else (1, 0):
+                times[place].append(turn(sides[place], inputs, repeats[place]))
+    return statistics.median(times[0]), statistics.median(times[1])
