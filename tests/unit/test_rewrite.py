@@ -310,6 +310,13 @@ def test_expand_that_makes_the_shape_stays(body: str) -> None:
     check(DropExpands(), module, fires=False)
 
 
+def test_last_reader_of_an_expand_is_met_again() -> None:
+    """Relu comes first, and is alone with the Expand only once Add reads around it."""
+    body = "e = Expand(r, s) y = Relu(e) z = Add(e, x)"
+    module = graph(body, "float[1,3] r, float[4,3] x", "float[4,3] y, float[4,3] z", "int64[2] s = {4, 3}")
+    check(DropExpands(), module)
+
+
 def test_expand_to_an_unknown_shape_stays() -> None:
     check(
         DropExpands(),

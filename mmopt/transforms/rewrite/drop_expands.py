@@ -45,6 +45,7 @@ def _broadcast(node: ir.Node, rewriter: Rewriter) -> bool:
         others = (shape for other, shape in enumerate(shapes) if other != place)
         if broadcast(inner, *others) == result:
             rewriter.set_input(node, place, expand.inputs[0])
+            rewriter.changed(expand)  # what else reads it may be alone with it now
             return True
     return False
 
