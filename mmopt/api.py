@@ -292,6 +292,7 @@ def compile(
     *,
     output: str | os.PathLike[str],
     target: str = "cpu",
+    multi_isa: bool = False,
     tuning: Tuning | None = None,
     entries: Mapping[str, Module] | None = None,
     reference: Module | None = None,
@@ -310,6 +311,7 @@ def compile(
         module: What to compile.
         output: Folder to write, or one zip when the name ends in ``.zip``.
         target: Name or file of the target profile.
+        multi_isa: Compile for the instruction-set levels below the target as well; loading takes the best that runs.
         tuning: Choose the parameters of kernels by measuring (level 3); by prediction when None.
         entries: Entry points besides ``main``; when None, the towers and the fusion of a model that can be cut.
         reference: What the artifact has to agree with, for example the module before :func:`optimize`; ``module``
@@ -330,9 +332,11 @@ def compile(
         VerifyError: The artifact disagrees with the reference; nothing was written.
         ContractError: It misses a limit of a metric; nothing was written.
     """
+    from mmopt.backends.levels import levels_below
     from mmopt.backends.profile import load_profile
 
     profile = load_profile(target)
+    further = levels_below(profile) if multi_isa else []
     if entries is None:
         from mmopt.analysis.towers import analyze_towers, extract_entry_points
 
@@ -351,6 +355,7 @@ def compile(
         profile,
         output,
         entries=entries,
+        further=further,
         check=check,
         report=report,
         config=config,

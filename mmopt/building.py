@@ -99,6 +99,7 @@ def build_artifact(
     output: str | os.PathLike[str],
     *,
     entries: Mapping[str, Module] | None = None,
+    further: Sequence[Profile] = (),
     check: Check | None = None,
     report: Mapping[str, Any] | None = None,
     config: Mapping[str, Any] | None = None,
@@ -112,10 +113,11 @@ def build_artifact(
         profile: What to compile for.
         output: Folder to write, or one zip when the name ends in ``.zip``.
         entries: Further entry points by name.
+        further: What to compile for besides, the most demanding first; the runtime takes the first that runs.
         check: How to verify.
         report: Content of ``report.json``.
         config: The resolved configuration, for the manifest.
-        chooser: Picks the parameters of kernels; by prediction when None.
+        chooser: Picks the parameters of kernels for ``profile``; by prediction when None.
         progress: Told step, number of steps and what it does.
 
     Raises:
@@ -136,20 +138,24 @@ def build_artifact(
         # Its weights are as large as the model, and parts of the compiler that refer to each other still hold them.
         del program
         gc.collect()
+        for other in further:
+            writer.add_variant(compile_module(module, other, entries=entries), f"variants/{other.name}/")
+            gc.collect()
         writer.add(OPTIMIZED, lambda path: save_onnx(module, path, inline=True))
         if report is not None:
             writer.add_json("report.json", report)
-        writer.seal()
+        sealed = writer.seal()
         unload_pages(module)
         progress(2, len(_STEPS), _STEPS[2])
-        checks, unverified = _verify(writer, module, entries, check)
+        checks, refused = _verify(writer, sealed, module, entries, check)
+        unverified = "; ".join(refused) if not checks else ""
         if not check.allow_mismatch:
             for found in checks.values():
                 _insist(found)
         judgement = _judge(writer, module, check)
         if judgement is not None and not check.allow_mismatch:
             judgement.check(_NOTHING)
-        writer.add_json("verify.json", _verify_json(checks, unverified, judgement))
+        writer.add_json("verify.json", _verify_json(checks, refused, judgement))
         progress(3, len(_STEPS), _STEPS[3])
         manifest = writer.seal()
         writer.commit()
@@ -158,22 +164,37 @@ def build_artifact(
 
 
 def _verify(
-    writer: ArtifactWriter, module: Module, entries: Mapping[str, Module], check: Check
-) -> tuple[dict[str, Verification], str]:
-    try:
-        session = load_artifact(writer.folder, verify_hashes="size")
-    except UnsupportedError as error:
-        return {}, f"not verified, because it cannot run here: {error.what}"
-    with session:
-        label = writer.output.name
-        reference = ModelRunnable(check.reference or module, "the original model", seed=check.seed)
-        main = ArtifactRunnable(session, label, module=module)
-        found = {
-            "main": compare_runnables(main, reference, inputs=check.inputs, seed=check.seed, tolerance=check.tolerance)
-        }
-        for name, entry in entries.items():
-            found[name] = _verify_entry(session, name, entry, label, check)
-    return found, ""
+    writer: ArtifactWriter, manifest: Manifest, module: Module, entries: Mapping[str, Module], check: Check
+) -> tuple[dict[str, Verification], list[str]]:
+    """How every entry point agrees, for every target that runs here, and why others could not be tried."""
+    found: dict[str, Verification] = {}
+    refused: list[str] = []
+    for choice in manifest.each():
+        name = str(choice.target.get("name"))
+        try:
+            session = load_artifact(writer.folder, target=name, verify_hashes="size")
+        except UnsupportedError as error:
+            refused.append(f"not verified, because it cannot run here: {error.what}")
+            continue
+        label = f"{writer.output.name} for {name}" if found else writer.output.name
+        suffix = f" for {name}" if found else ""
+        with session:
+            agreed = _verify_session(session, label, module, entries, check)
+        found |= {entry + suffix: verification for entry, verification in agreed.items()}
+    return found, refused
+
+
+def _verify_session(
+    session: Session, label: str, module: Module, entries: Mapping[str, Module], check: Check
+) -> dict[str, Verification]:
+    reference = ModelRunnable(check.reference or module, "the original model", seed=check.seed)
+    main = ArtifactRunnable(session, label, module=module)
+    found = {
+        "main": compare_runnables(main, reference, inputs=check.inputs, seed=check.seed, tolerance=check.tolerance)
+    }
+    for name, entry in entries.items():
+        found[name] = _verify_entry(session, name, entry, label, check)
+    return found
 
 
 def _verify_entry(session: Session, name: str, entry: Module, label: str, check: Check) -> Verification:
@@ -193,11 +214,13 @@ def _judge(writer: ArtifactWriter, module: Module, check: Check) -> Judgement | 
         return check.evaluation.judge(session.run)
 
 
-def _verify_json(checks: Mapping[str, Verification], unverified: str, judgement: Judgement | None) -> dict[str, Any]:
+def _verify_json(
+    checks: Mapping[str, Verification], refused: Sequence[str], judgement: Judgement | None
+) -> dict[str, Any]:
     return {
         "schema_version": 1,
         "ok": all(check.ok for check in checks.values()) if checks else None,
-        "unverified": unverified,
+        "unverified": "; ".join(refused),
         "entries": {name: check.to_dict() for name, check in checks.items()},
         **({} if judgement is None else {"task": judgement.to_dict()}),
     }

@@ -53,6 +53,7 @@ class Spec:
         threads: Threads it may use.
         precision: Precision OpenVINO and torch are told to compute in. Left to itself OpenVINO takes bf16 where the
             CPU has it. onnxruntime computes in what the model says.
+        pin: Whether an artifact binds each thread to a CPU of its own.
     """
 
     kind: str
@@ -60,6 +61,7 @@ class Spec:
     source: str
     threads: int
     precision: str = "fp32"
+    pin: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """A form that survives JSON."""
@@ -79,7 +81,7 @@ class ArtifactContender:
         from mmopt.runtime import load_artifact
 
         self.version = importlib.metadata.version("mmopt")
-        self._session = load_artifact(pathlib.Path(self._spec.source), threads=self._spec.threads)
+        self._session = load_artifact(pathlib.Path(self._spec.source), threads=self._spec.threads, pin=self._spec.pin)
 
     def run(self, inputs: Values) -> dict[str, Any]:
         return dict(self._session.run(dict(inputs)))

@@ -23,6 +23,7 @@ def contenders(
     threads: int,
     precision: str,
     trust_code: bool,
+    pin: bool = False,
 ) -> tuple[list[Spec], dict[str, str]]:
     """Who takes part, as the options of ``mmopt bench`` say.
 
@@ -34,6 +35,7 @@ def contenders(
         threads: Threads each may use.
         precision: What OpenVINO and torch compute in.
         trust_code: Whether ``module:function`` may be called and a ``.pt2`` file read, which can hold code.
+        pin: Whether artifacts bind each thread to a CPU of its own.
 
     Returns:
         The artifacts, then the peers; and the reason for each peer left out.
@@ -46,10 +48,10 @@ def contenders(
         raise UserError(f"no precision {precision!r}", where="--precision", hint=did_you_mean(precision, PRECISIONS))
     sources = model_sources(models, store, trust_code=trust_code)
     others, left_out = peers(against, sources, threads, precision)
-    return [*artifact_specs(artifacts, threads), *others], left_out
+    return [*artifact_specs(artifacts, threads, pin=pin), *others], left_out
 
 
-def artifact_specs(artifacts: Sequence[str], threads: int) -> list[Spec]:
+def artifact_specs(artifacts: Sequence[str], threads: int, *, pin: bool = False) -> list[Spec]:
     """A spec for each artifact, labelled by its file name, or by its path where file names repeat.
 
     Raises:
@@ -60,7 +62,8 @@ def artifact_specs(artifacts: Sequence[str], threads: int) -> list[Spec]:
     stems = [pathlib.Path(artifact).name.removesuffix(".zip").removesuffix(".mmopt") for artifact in artifacts]
     clear = len(set(stems)) == len(stems) and not set(stems) & set(PEERS)
     labels = stems if clear else artifacts
-    return [Spec("mmopt", label, artifact, threads) for label, artifact in zip(labels, artifacts, strict=True)]
+    pairs = zip(labels, artifacts, strict=True)
+    return [Spec("mmopt", label, artifact, threads, pin=pin) for label, artifact in pairs]
 
 
 def model_sources(models: Iterable[str], store: Store, *, trust_code: bool) -> dict[str, str]:

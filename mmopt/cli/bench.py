@@ -90,6 +90,7 @@ def artifacts_command(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of every contender. Default: one per core.")
     ] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Bind each thread of an artifact to a CPU of its own.")] = False,
     rounds: Annotated[int, typer.Option(min=1, help="Turns of every contender.")] = 10,
     time: Annotated[float, typer.Option(min=0.0, metavar="SECONDS", help="Measured time of every contender.")] = 5.0,
     starts: Annotated[
@@ -134,6 +135,7 @@ def artifacts_command(
         threads=threads or default_threads(),
         precision=precision,
         trust_code=trust_code,
+        pin=pin,
     )
     values, origin = _inputs(store, inputs, shape or [], seed)
     options = Options(Plan(rounds, time), starts, isolate, tolerance)

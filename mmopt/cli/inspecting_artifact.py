@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 from mmopt.cli.output import Output, size_text, table
@@ -21,9 +22,9 @@ def inspect_artifact(path: pathlib.Path, show: Output) -> None:
     store = open_store(path)
     manifest = store.manifest
     store.verify(manifest.files)
-    target = manifest.target
-    features = " ".join(target.get("features", ()))
-    show.result(f"artifact {path}, for {target.get('name', '?')} ({target.get('triple', '?')} {features})".rstrip())
+    for number, choice in enumerate(manifest.each()):
+        start = f"artifact {path}, for" if not number else "or, where that does not run, for"
+        show.result(f"{start} {_target(choice.target)}")
     for entry in manifest.entries.values():
         show.result("")
         _entry(entry, show)
@@ -42,6 +43,10 @@ def inspect_artifact(path: pathlib.Path, show: Output) -> None:
     show.result(f"\nverified: {_verdict(store)}; hashes of all files are right")
     show.result("made with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     show.json({"path": str(path), **manifest.to_json(), "verify": _json(store, "verify.json")})
+
+
+def _target(target: Mapping[str, Any]) -> str:
+    return f"{target.get('name', '?')} ({' '.join((target.get('triple', '?'), *target.get('features', ())))})"
 
 
 def _entry(entry: EntryPoint, show: Output) -> None:

@@ -69,17 +69,18 @@ def inspect_kernels(
         UserError: Inputs that do not fit.
     """
     store = open_store(path)
-    timed, peaks, why = None, None, ""
+    timed, peaks, why, manifest = None, None, "", store.manifest
     try:
         session = load_artifact(path, threads)
     except UnsupportedError as error:
         why = error.what
     else:
+        manifest = session.manifest
         with session:
             values = _inputs(store, inputs, shapes)
             timed = time_kernels(session, values)
-            peaks, no_peak = _peaks(store.manifest.kernels, session.threads)
-    rows = rows_of(store.manifest.kernels, timed, peaks)
+            peaks, no_peak = _peaks(manifest.kernels, session.threads)
+    rows = rows_of(manifest.kernels, timed, peaks)
     show.result(table((*COLUMNS, "of peak", "of time"), [_cells(row) for row in rows]))
     if timed is None:
         show.result(f"not measured: {why}")
@@ -88,7 +89,7 @@ def inspect_kernels(
     show.json(
         {
             "path": str(path),
-            "target": store.manifest.target,
+            "target": manifest.target,
             "measured": timed is not None,
             "reason": why,
             "model_seconds": timed.seconds if timed else None,

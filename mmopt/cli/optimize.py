@@ -25,6 +25,13 @@ def optimize(
         ),
     ] = None,
     target: Annotated[str | None, typer.Option(metavar="NAME|FILE.toml", help="Hardware; see `mmopt targets`.")] = None,
+    multi_isa: Annotated[
+        bool,
+        typer.Option(
+            "--multi-isa",
+            help="Compile for the instruction sets below the target too; loading picks.",
+        ),
+    ] = False,
     level: Annotated[
         int, typer.Option("-O", "--level", min=0, max=3, help="0 correct only, 1 exact rewrites, 2 rounding, 3 tuned.")
     ] = 2,
@@ -131,6 +138,7 @@ def optimize(
             model=model,
             output=output,
             target=target,
+            multi_isa=multi_isa,
             level=level,
             recipe=recipe,
             passes=(*pruning(prune, repair=calib is not None), *(passes or ()), *quantization(quant)),

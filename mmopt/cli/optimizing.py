@@ -76,6 +76,7 @@ class Request:
     dump_dir: pathlib.Path | None
     evaluator: str | None = None
     metrics: tuple[str, ...] = ()
+    multi_isa: bool = False
 
 
 @dataclasses.dataclass
@@ -131,10 +132,13 @@ class Job:
 
     def run(self, *, dry: bool) -> None:
         """Do it, or say what would be done."""
+        from mmopt.backends.levels import levels_below
         from mmopt.backends.profile import load_profile
 
         request, show = self._request, self._show
-        load_profile(self._settings["target"])
+        profile = load_profile(self._settings["target"])
+        if request.multi_isa:
+            levels_below(profile)
         original = self._load()
         inputs = [load_inputs(path, original) for path in request.inputs] or None
         samples = calibration_samples(request.calib, original)
@@ -279,6 +283,7 @@ class Job:
                 optimized.module,
                 output=self._output,
                 target=self._settings["target"],
+                multi_isa=self._request.multi_isa,
                 tuning=self._request.tuning,
                 reference=reference,
                 inputs=inputs,

@@ -25,6 +25,7 @@ def run(
     output: Annotated[pathlib.Path | None, typer.Option("-o", "--output", metavar="OUT.npz", help="Outputs.")] = None,
     entry: Annotated[str, typer.Option(metavar="NAME", help="Entry point of the artifact.")] = "main",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads; by default one per core.")] = None,
+    pin: Annotated[bool, typer.Option("--pin", help="Bind each thread to a CPU of its own.")] = False,
     trust_code: Annotated[bool, typer.Option("--trust-code", help="Allow .pt2 and module:function.")] = False,
     json: JsonFile = None,
     verbose: Verbose = 0,
@@ -35,7 +36,7 @@ def run(
     if output is not None:
         atomic.check_parent(output.resolve())
     begin = time.perf_counter()
-    outputs = _run(artifact, inputs, entry, threads, trust_code)
+    outputs = _run(artifact, inputs, entry, threads, pin, trust_code)
     seconds = time.perf_counter() - begin
     show.say(f"first answer after {time_text(seconds)}")
     rows = [row for name, value in outputs.items() for row in _rows(name, value)]
@@ -47,15 +48,19 @@ def run(
     show.json({"outputs": rows, "seconds": seconds, "file": None if output is None else str(output)})
 
 
-def _run(source: str, inputs: pathlib.Path, entry: str, threads: int | None, trust_code: bool) -> dict[str, Any]:
+def _run(
+    source: str, inputs: pathlib.Path, entry: str, threads: int | None, pin: bool, trust_code: bool
+) -> dict[str, Any]:
     path = pathlib.Path(source)
     if path.is_dir() or source.endswith((".mmopt", ".zip")) or is_artifact(path):
-        target = load_artifact(path, threads).entry(entry)
+        target = load_artifact(path, threads, pin=pin).entry(entry)
         return target.run(read_arrays(inputs, target.inputs))
     from mmopt.runnable import as_runnable
 
     if entry != "main":
         raise UserError("a model has one entry point, main", where="--entry")
+    if pin:
+        raise UserError("only threads of an artifact are pinned", where="--pin")
     model = as_runnable(source, threads=threads, trust_code=trust_code)
     values = check_inputs(model.inputs, read_arrays(inputs, model.inputs), where=source)
     return model.run_all([values])[0]

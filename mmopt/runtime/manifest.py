@@ -30,6 +30,37 @@ class FileRecord:
 
 
 @dataclasses.dataclass(frozen=True)
+class Variant:
+    """The same entry points, compiled for another target.
+
+    Attributes:
+        folder: Where its library, and the weights it packs differently, are: a path in the artifact that ends in ``/``.
+        target: What it is compiled for.
+        entries: Entry points by name.
+        kernels: One record a kernel.
+    """
+
+    folder: str
+    target: dict[str, Any]
+    entries: dict[str, EntryPoint]
+    kernels: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The form the manifest holds."""
+        entries = {name: entry.to_json() for name, entry in self.entries.items()}
+        return {"folder": self.folder, "target": self.target, "entries": entries, "kernels": self.kernels}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Variant:
+        """Inverse of :meth:`to_json`."""
+        folder = str(data["folder"])
+        if not folder.endswith("/") or not _is_inside(folder):
+            raise ValueError(f"folder {folder!r} of a variant")
+        entries = {name: EntryPoint.from_json(entry) for name, entry in data["entries"].items()}
+        return cls(folder, dict(data["target"]), entries, list(data.get("kernels", ())))
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """The content of ``manifest.json``.
 
@@ -41,6 +72,8 @@ class Manifest:
         config: The resolved configuration of the run that made it.
         kernels: One record a kernel.
         notes: What the compiler had to say.
+        variants: The same for further targets, the most demanding first.
+        folder: Where the library is, as in :class:`Variant`; "" for the artifact itself.
     """
 
     entries: dict[str, EntryPoint]
@@ -50,6 +83,16 @@ class Manifest:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    variants: tuple[Variant, ...] = ()
+    folder: str = ""
+
+    def each(self) -> tuple[Manifest, ...]:
+        """What the manifest says for each target it has code for, in the order of preference."""
+        others = (
+            dataclasses.replace(self, folder=v.folder, target=v.target, entries=v.entries, kernels=v.kernels)
+            for v in self.variants
+        )
+        return self, *others
 
     def to_json(self) -> dict[str, Any]:
         """The document."""
@@ -63,6 +106,7 @@ class Manifest:
             "config": self.config,
             "kernels": self.kernels,
             "notes": self.notes,
+            **({"variants": [variant.to_json() for variant in self.variants]} if self.variants else {}),
         }
 
 
@@ -94,8 +138,7 @@ def parse_manifest(text: bytes, where: str) -> Manifest:
 def _from_json(data: Mapping[str, Any]) -> Manifest:
     files = {}
     for name, record in data["files"].items():
-        path = pathlib.PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name:
+        if not _is_inside(name):
             raise ValueError(f"file name {name!r} leads out of the artifact")
         files[name] = FileRecord(int(record["size"]), str(record["sha256"]), tuple(record.get("chunks", ())))
     return Manifest(
@@ -106,7 +149,14 @@ def _from_json(data: Mapping[str, Any]) -> Manifest:
         config=dict(data.get("config", {})),
         kernels=list(data.get("kernels", ())),
         notes=list(data.get("notes", ())),
+        variants=tuple(Variant.from_json(variant) for variant in data.get("variants", ())),
     )
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name of a file does not lead out of the artifact."""
+    path = pathlib.PurePosixPath(name)
+    return not (path.is_absolute() or ".." in path.parts or "\\" in name)
 
 
 def record_file(path: pathlib.Path) -> FileRecord:

@@ -21,6 +21,7 @@ from mmopt.runtime.tensors import Array, Converter, aligned_empty
 
 _CPU, _DEVICE_ID, _POOLED = 1, 0, 2
 _SHARE_ALL_CORES = -3  # ThreadGroup::kSpecifyThreadShareAllCore of TVM: no thread is bound to one core
+_ONE_CORE_EACH = -2  # ThreadGroup::kSpecifyOneCorePerThread: thread i is bound to CPU i of the list
 
 STAGED = 1 << 18
 """Bytes of the largest input that is copied to memory of the session instead of wrapped where it lies."""
@@ -33,15 +34,21 @@ class ThreadPoolSize:
 
     Every thread that runs compiled code has a pool of its own. Its largest size is fixed when it is made, so a pool
     someone else made smaller cannot grow; then the work is done on a thread of ours.
+
+    Args:
+        tvm_ffi: The module.
+        threads: The size.
+        pin: Bind every thread of the pool to a CPU of its own, and the calling thread to another while it works.
     """
 
-    def __init__(self, tvm_ffi: ModuleType, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, tvm_ffi: ModuleType, threads: int, *, pin: bool = False) -> None:
+        self.threads, self.pin = threads, pin
         self._configure = tvm_ffi.get_global_func("runtime.config_threadpool")
         self._count = tvm_ffi.get_global_func("runtime.NumThreads")
         cpus = [str(cpu) for cpu in allowed_cpus()]
         repeated = cpus * -(-threads // len(cpus))
         self._smallest, self._all = repeated[:threads], repeated[: max(threads, len(cpus))]
+        self._mode, self._first = (_ONE_CORE_EACH if pin else _SHARE_ALL_CORES), {int(cpus[0])}
         self._here = threading.local()
         self._others: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
@@ -49,21 +56,39 @@ class ThreadPoolSize:
     def call(self, work: Callable[[], T]) -> T:
         """Run ``work`` with a pool of the right size."""
         if self._prepare():
-            return work()
+            with self._bound():
+                return work()
         with self._lock:
             if self._others is None:
                 workers = os.cpu_count() or 1
                 self._others = ThreadPoolExecutor(workers, "mmopt", initializer=self._prepare)
-        return self._others.submit(work).result()
+        return self._others.submit(self._alone, work).result()
+
+    def _alone(self, work: Callable[[], T]) -> T:
+        with self._bound():
+            return work()
+
+    @contextlib.contextmanager
+    def _bound(self) -> Iterator[None]:
+        """The calling thread stays on the first CPU, and may go where it could go before in the end."""
+        if not self.pin:
+            yield
+            return
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, self._first)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)
 
     def _prepare(self) -> bool:
         if not getattr(self._here, "configured", False):
             # The length of the list is the pool's largest size; the second call lets the threads use all cores.
-            self._configure(_SHARE_ALL_CORES, self.threads, self._smallest)
+            self._configure(self._mode, self.threads, self._smallest)
             self._here.configured = True
         elif self._count() == self.threads:
             return True
-        self._configure(_SHARE_ALL_CORES, self.threads, self._all)
+        self._configure(self._mode, self.threads, self._all)
         return bool(self._count() == self.threads)
 
 
@@ -92,11 +117,17 @@ class NativeEngine:
     """One loaded library, the weights its functions share, and as many virtual machines as run at the same time."""
 
     def __init__(
-        self, library: pathlib.Path, weights: dict[str, Array], threads: int, carried: Sequence[pathlib.Path] = ()
+        self,
+        library: pathlib.Path,
+        weights: dict[str, Array],
+        threads: int,
+        carried: Sequence[pathlib.Path] = (),
+        *,
+        pin: bool = False,
     ) -> None:
         self._ffi, self.convert = self._runtime(carried)
         tvm_ffi = self._ffi
-        self._pool_size = ThreadPoolSize(tvm_ffi, threads)
+        self._pool_size = ThreadPoolSize(tvm_ffi, threads, pin=pin)
         self._weights = weights
         self._tensors: dict[str, Any] = {}
         self._idle: list[Machine] = []

@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.errors import BackendError, UserError, did_you_mean
+from mmopt.errors import BackendError, UnsupportedError, UserError, did_you_mean
 from mmopt.runtime.artifact import LIBRARY, MAIN, WEIGHTS, EntryPoint, Segment, TensorSpec
-from mmopt.runtime.cpu import check_target, default_threads
+from mmopt.runtime.cpu import allowed_cpus, check_target, default_threads
 from mmopt.runtime.device import DeviceEngine
 from mmopt.runtime.fallback import OnnxRuntimeEngine
 from mmopt.runtime.manifest import Manifest
@@ -96,15 +96,16 @@ class Session:
     """A loaded artifact. Use :func:`load_artifact`.
 
     Attributes:
-        manifest: What the artifact says about itself.
+        manifest: What the artifact says about itself, for the target that is used.
         threads: Threads each run uses.
+        pinned: Whether each of them stays on a CPU of its own.
         entries: Entry points by name.
     """
 
-    def __init__(self, store: Store, threads: int) -> None:
-        self.manifest: Manifest = store.manifest
-        self.threads = threads
-        self.entries = {name: Entry(entry, self) for name, entry in store.manifest.entries.items()}
+    def __init__(self, store: Store, manifest: Manifest, threads: int, *, pin: bool = False) -> None:
+        self.manifest = manifest
+        self.threads, self.pinned = threads, pin
+        self.entries = {name: Entry(entry, self) for name, entry in manifest.entries.items()}
         self._store = store
         self._lock = threading.RLock()
         self._fallback = OnnxRuntimeEngine(store.file, threads)
@@ -145,12 +146,13 @@ class Session:
     def native(self) -> NativeEngine:
         """The compiled library, loaded when it is first needed."""
         weights: dict[str, Array] = {}
-        if WEIGHTS in self.manifest.files:
-            extent = self._store.extent(WEIGHTS)
-            weights = map_weights(extent.path, extent.offset, extent.size)
+        for name in _weight_files(self.manifest):
+            extent = self._store.extent(name)
+            weights |= map_weights(extent.path, extent.offset, extent.size)
         carried = [self._store.file(name) for name in self.manifest.files if name.startswith("runtime/")]
         engine = DeviceEngine if self.manifest.target.get("kind") == "cuda" else NativeEngine
-        return engine(self._store.file(LIBRARY), weights, self.threads, carried)
+        library = self._store.file(self.manifest.folder + LIBRARY)
+        return engine(library, weights, self.threads, carried, pin=self.pinned)
 
     def execute(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
         """Run one segment on the engine it names."""
@@ -181,38 +183,89 @@ class Session:
         self._fallback = OnnxRuntimeEngine(self._store.file, self.threads)
 
 
-def load_artifact(path: str | os.PathLike[str], threads: int | None = None, *, verify_hashes: str = "full") -> Session:
+def load_artifact(
+    path: str | os.PathLike[str],
+    threads: int | None = None,
+    *,
+    pin: bool = False,
+    target: str | None = None,
+    verify_hashes: str = "full",
+) -> Session:
     """Load an artifact: a folder or a zip that ``mmopt optimize`` or :func:`mmopt.compile` wrote.
 
     Args:
         path: The artifact.
         threads: Threads a run may use; None for one per physical core.
+        pin: Bind each thread of native code to a CPU of its own, the calling thread while it runs. That helps where the
+            system moves threads about, and hurts where something else wants the same CPUs. On Linux only.
+        target: Which of the targets of an artifact that is compiled for several; None for the best that runs here.
         verify_hashes: ``full`` compares the SHA-256 of every file that will be used with the manifest, ``size`` the
             sizes only.
 
     Raises:
         LoadError: It is not an artifact, or a damaged one.
         UnsupportedError: It is compiled for another kind of CPU.
-        UserError: ``threads`` or ``verify_hashes`` is out of range.
+        UserError: ``threads`` or ``verify_hashes`` is out of range, there are fewer CPUs than threads to pin, or the
+            artifact has no such target.
     """
     if threads is not None and threads < 1:
         raise UserError(f"threads is {threads}", hint="give 1 or more, or leave it out")
     if verify_hashes not in ("full", "size"):
         raise UserError(f"verify_hashes is {verify_hashes!r}", hint="give 'full' or 'size'")
+    if pin:
+        _check_pinning(threads or default_threads())
     store = open_store(pathlib.Path(path))
-    segments = [segment for entry in store.manifest.entries.values() for segment in entry.segments]
-    if any(segment.kind == "native" for segment in segments):
-        check_target(store.manifest.target, where=str(path))
+    manifest = _choose(store.manifest, target, str(path))
     if verify_hashes == "full":
-        store.verify(_used_files(store, segments))
-    return Session(store, threads or default_threads())
+        store.verify(_used_files(store, manifest))
+    return Session(store, manifest, threads or default_threads(), pin=pin)
 
 
-def _used_files(store: Store, segments: Sequence[Segment]) -> list[str]:
+def _check_pinning(threads: int) -> None:
+    if not hasattr(os, "sched_setaffinity"):
+        raise UserError("this system does not bind threads to CPUs", hint="leave out pin")
+    if threads > len(allowed_cpus()):
+        hint = f"give {len(allowed_cpus())} threads or fewer, or leave out pin"
+        raise UserError(f"there are {len(allowed_cpus())} CPUs for {threads} pinned threads", hint=hint)
+
+
+def _choose(manifest: Manifest, target: str | None, where: str) -> Manifest:
+    """The first of what the artifact is compiled for that runs here, or the one called ``target``."""
+    choices = manifest.each()
+    if target is not None:
+        names = [str(choice.target.get("name")) for choice in choices]
+        if target not in names:
+            hint = did_you_mean(target, names) or f"it is compiled for {', '.join(names)}"
+            raise UserError(f"the artifact is not compiled for {target!r}", where=where, hint=hint)
+        choices = (choices[names.index(target)],)
+    for choice in choices:
+        try:
+            if any(segment.kind == "native" for segment in _segments(choice)):
+                check_target(choice.target, where=where)
+        except UnsupportedError:
+            if choice is choices[-1]:
+                raise
+        else:
+            return choice
+    raise AssertionError("a manifest has at least one target")
+
+
+def _segments(manifest: Manifest) -> list[Segment]:
+    return [segment for entry in manifest.entries.values() for segment in entry.segments]
+
+
+def _weight_files(manifest: Manifest) -> list[str]:
+    """Files of weights, of which later ones hold what a variant packs differently."""
+    names = dict.fromkeys((WEIGHTS, manifest.folder + WEIGHTS))
+    return [name for name in names if name in manifest.files]
+
+
+def _used_files(store: Store, manifest: Manifest) -> list[str]:
     """Every file a run may read; what is there for people and other tools (``optimized.onnx``) is not among them."""
-    files = store.manifest.files
-    used = {name for name in files if name in (LIBRARY, WEIGHTS) or name.startswith("runtime/")}
-    for segment in segments:
+    files = manifest.files
+    used = {name for name in files if name == manifest.folder + LIBRARY or name.startswith("runtime/")}
+    used.update(_weight_files(manifest))
+    for segment in _segments(manifest):
         if segment.model:
             used.update(store.belonging(segment.model))
     return sorted(used)

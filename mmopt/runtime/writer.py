@@ -13,13 +13,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
+
 from mmopt.errors import UserError
 from mmopt.runtime import atomic
-from mmopt.runtime.artifact import LIBRARY, WEIGHTS, FileSource, Program
-from mmopt.runtime.manifest import MANIFEST, FileRecord, Manifest, record_file
+from mmopt.runtime.artifact import LIBRARY, WEIGHTS, EntryPoint, FileSource, Program
+from mmopt.runtime.manifest import MANIFEST, FileRecord, Manifest, Variant, record_file
 from mmopt.runtime.store import is_artifact
-from mmopt.runtime.tensors import ALIGNMENT
-from mmopt.runtime.weights import write_weights
+from mmopt.runtime.tensors import ALIGNMENT, Array
+from mmopt.runtime.weights import map_weights, write_weights
 
 _VERSIONED = ("mmopt", "apache-tvm", "apache-tvm-ffi", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 
@@ -71,12 +73,7 @@ class ArtifactWriter:
 
     def add_program(self, program: Program, *, config: Mapping[str, Any] | None = None) -> None:
         """Write library, weights and fallback models, and take over what the manifest says about them."""
-        if program.library is not None:
-            self.add(LIBRARY, program.library)
-        if program.weights:
-            self.add(WEIGHTS, lambda path: write_weights(program.weights, path))
-        for name, source in program.fallback_models.items():
-            self.add(name, source)
+        self._add_files("", program, program.weights)
         self._manifest = Manifest(
             entries=program.entries,
             target=program.target,
@@ -85,6 +82,31 @@ class ArtifactWriter:
             kernels=program.kernels,
             notes=program.notes,
         )
+
+    def add_variant(self, program: Program, folder: str) -> None:
+        """Write the same model for another target. Of its weights, those that are there already are not written again.
+
+        Args:
+            program: What :meth:`add_program` has got, compiled for less than what was added before.
+            folder: Where its files go, ending in ``/``.
+        """
+        written = self.folder / WEIGHTS
+        known = map_weights(written, 0, written.stat().st_size) if written.is_file() else {}
+        weights = {key: array for key, array in program.weights.items() if not _same(array, known.get(key))}
+        self._add_files(folder, program, weights)
+        entries = {name: _moved(entry, folder) for name, entry in program.entries.items()}
+        variant = Variant(folder, program.target, entries, program.kernels)
+        notes = list(dict.fromkeys([*self._manifest.notes, *program.notes]))
+        variants = (*self._manifest.variants, variant)
+        self._manifest = dataclasses.replace(self._manifest, variants=variants, notes=notes)
+
+    def _add_files(self, folder: str, program: Program, weights: Mapping[str, Array]) -> None:
+        if program.library is not None:
+            self.add(folder + LIBRARY, program.library)
+        if weights:
+            self.add(folder + WEIGHTS, lambda path: write_weights(weights, path))
+        for name, source in program.fallback_models.items():
+            self.add(folder + name, source)
 
     def add(self, name: str, source: FileSource) -> None:
         """Write one file, ``name`` relative to the artifact, with ``/``."""
@@ -141,6 +163,20 @@ def write_artifact(output: str | os.PathLike[str]) -> Iterator[ArtifactWriter]:
     path = check_output(pathlib.Path(output))
     with atomic.staging(path) as folder:
         yield ArtifactWriter(folder, path)
+
+
+def _same(array: Array, other: Array | None) -> bool:
+    """Whether both are the same, compared as bytes, so that NaN equals itself and -0.0 differs from 0.0."""
+    if other is None or array.dtype != other.dtype or array.shape != other.shape:
+        return False
+    mine, theirs = (np.ascontiguousarray(a).reshape(-1).view(np.uint8) for a in (array, other))
+    return bool(np.array_equal(mine, theirs))
+
+
+def _moved(entry: EntryPoint, folder: str) -> EntryPoint:
+    """An entry point whose fallback models lie in ``folder``."""
+    segments = (dataclasses.replace(s, model=folder + s.model) if s.model else s for s in entry.segments)
+    return dataclasses.replace(entry, segments=tuple(segments))
 
 
 def write_zip(folder: pathlib.Path, names: list[str], path: pathlib.Path) -> None:

@@ -424,7 +424,7 @@ def test_an_internal_error_exits_1_and_says_where_the_log_is(
 ) -> None:
     from mmopt.runtime import session
 
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("somebody divided")
 
     monkeypatch.setattr(session, "open_store", broken)
