@@ -28,6 +28,7 @@ from mmopt.backends.profile import Profile, load_profile
 from mmopt.runtime.cpu import missing_features, request_permissions, running_features
 
 LEVELS = ["x86-64-v3", "skylake-avx512", "icelake", "znver4", "sapphirerapids"]
+LEVELS += ["armv8.0", "cortex-a76", "neoverse-v1"]
 PAIRS = [
     ("uint8", "int8"),
     ("int8", "int8"),
@@ -47,6 +48,13 @@ INSTRUCTIONS = {
     ("sapphirerapids", "int8"): r"tdpbssd\b.*%tmm",
     ("sapphirerapids", "bfloat16"): r"tdpbf16ps\b.*%tmm",
     ("x86-64-v3", "bfloat16"): r"vfmadd\d+ps\b.*%ymm",
+    ("armv8.0", "int8"): r"smlal2?\s+v\d+\.4s, v\d+\.[48]h, v\d+\.h\[\d\]",
+    ("armv8.0", "uint8"): r"smlal2?\s+v\d+\.4s, v\d+\.[48]h, v\d+\.h\[\d\]",
+    ("armv8.0", "bfloat16"): r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[\d\]",
+    ("cortex-a76", "int8"): r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
+    ("cortex-a76", "uint8"): r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
+    ("neoverse-v1", "uint8"): r"[us]udot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
+    ("neoverse-v1", "bfloat16"): r"bfdot\s+v\d+\.4s, v\d+\.8h, v\d+\.2h\[\d\]",
 }
 """What the code for a target must contain, by the type of the left operand."""
 
@@ -188,7 +196,7 @@ def test_two_profiles_never_share_a_wrong_kernel() -> None:
 def test_what_has_no_instruction() -> None:
     wide = load_profile("sapphirerapids")
     assert dot_for(wide, "float16", "bfloat16") is None
-    assert dot_for(load_profile("armv8.2"), "uint8", "int8") is None
+    assert dot_for(load_profile("cortex-a76"), "float16", "bfloat16") is None
     narrow = Profile("narrow", vector_bytes=16)
     assert dot_for(narrow, "uint8", "int8") is None
 

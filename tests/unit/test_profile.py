@@ -58,7 +58,7 @@ ARM = 'kind = "arm"\ntriple = "aarch64-linux-gnu"\nvector_bytes = 16\n'
     ("text", "message", "nearest"),
     [
         (ARM + 'features = ["fp", "asimd", "dotprod"]', "unknown feature 'dotprod'", "asimddp"),
-        (ARM + 'features = ["fp", "asimd", "asimdp"]', "unknown feature 'asimdp'", "asimddp"),
+        (ARM + 'features = ["fp", "asimd", "asimdrm"]', "unknown feature 'asimdrm'", "asimdrdm"),
         (ARM + 'features = ["fp", "asimd", "asimdhp"]', "asimdhp without fphp", "add 'fphp'"),
         (ARM + 'features = ["asimd"]', "asimd without fp", "add 'fp'"),
         (ARM.replace("16", "32") + 'features = ["fp", "asimd"]', "vector_bytes must be 16, not 32", "try 16"),

@@ -1,0 +1,1 @@
+"""What is special about 64-bit Arm: its dot-product instructions. Kernel templates are those of the CPU backend."""

@@ -25,6 +25,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
+from mmopt.backends.arm.dot import LANES, neon_choice, rows_that_fit
 from mmopt.backends.cpu.dot_code import TILE_BYTES, TILE_ROWS, micro_kernel, tile_functions, tile_phases
 from mmopt.backends.profile import Profile
 
@@ -41,9 +42,10 @@ class Dot:
         group: Neighbours in depth that one lane takes.
         lanes: Columns in a vector of sums.
         step: Elements of depth a kernel goes on by: depths are filled with zeros to a multiple of it.
-        shift: What has to be added to elements of a left operand in ``int8``, because ``a`` is ``uint8``.
+        shift: What has to be added to elements of the left operand, because ``a`` is of the other sign.
         most_rows: Rows of the largest kernel with ``vectors`` vectors, by ``vectors`` − 1.
         rate: Multiply-adds of one core in a cycle.
+        neon: Whether it is an instruction of Arm.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Dot:
     most_rows: tuple[int, ...]
     rate: int
     shift: int = 0
+    neon: bool = False
 
     @property
     def tiled(self) -> bool:
@@ -83,6 +86,8 @@ def dot_for(profile: Profile, a: str, b: str) -> Dot | None:
     Returns:
         ``None`` when there is none for this target or these types.
     """
+    if profile.kind == "arm":
+        return _neon_dot(profile, a, b)
     if profile.kind != "cpu" or profile.vector_bytes < 32:
         return None
     if (a, b) in (("uint8", "int8"), ("int8", "int8")):
@@ -94,6 +99,16 @@ def dot_for(profile: Profile, a: str, b: str) -> Dot | None:
     if a == "float32" and b in ("float32", "bfloat16", "int8"):
         return _simple(profile, "fma", "float32", b, "float32", 1, 1 if b == "float32" else 2)
     return None
+
+
+def _neon_dot(profile: Profile, a: str, b: str) -> Dot | None:
+    chosen = neon_choice(profile.features, a, b)
+    if chosen is None:
+        return None
+    rows = tuple(rows_that_fit(chosen, profile.registers, vectors) for vectors in range(1, 5))
+    rate = 2 * LANES * chosen.group
+    types = (chosen.a, chosen.b, chosen.total)
+    return Dot(chosen.name, *types, chosen.group, LANES, chosen.step, rows, rate, chosen.shift, neon=True)
 
 
 def _integer_dot(profile: Profile, a: str) -> Dot:

@@ -22,8 +22,9 @@ _HEADER = (
     "ptr %ahead) alwaysinline {{"
 )
 
-_TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
-_TYPES["float16"] = "half"
+TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
+TYPES["float16"] = "half"
+"""LLVM's names of element types; bfloat16 is stored as integers."""
 
 
 class Writer:
@@ -55,8 +56,16 @@ class Writer:
 def micro_kernel(kernel: MicroKernel) -> str:
     """A function of c, stride of c, a, stride of a, b, steps, segments, offsets, ahead."""
     w = Writer()
-    (_Tiles if kernel.dot.tiled else _Vectors)(kernel, w).write()
+    _writer(kernel)(kernel, w).write()
     return "\n".join([_HEADER.format(name=kernel.name), *w.lines, "}", *w.declared, ""])
+
+
+def _writer(kernel: MicroKernel) -> type[_Kernel]:
+    if kernel.dot.neon:
+        from mmopt.backends.arm.dot_code import NeonVectors  # it is made of what is below
+
+        return NeonVectors
+    return _Tiles if kernel.dot.tiled else Vectors
 
 
 class _Kernel:
@@ -142,13 +151,13 @@ class _Kernel:
             self.w.line(f"  call void @llvm.prefetch.p0(ptr {where}, i32 0, i32 2, i32 1)")
 
 
-class _Vectors(_Kernel):
+class Vectors(_Kernel):
     """Sums in vector registers; A is broadcast, one group at a time."""
 
     def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
         super().__init__(kernel, writer)
         self.lanes = self.dot.lanes
-        self.sum_type = f"<{self.lanes} x {_TYPES[self.dot.total]}>"
+        self.sum_type = f"<{self.lanes} x {TYPES[self.dot.total]}>"
 
     def start(self) -> list[tuple[str, str]]:
         zero = [(self.sum_type, "zeroinitializer")] * (self.kernel.rows * self.kernel.vectors)
@@ -186,7 +195,7 @@ class _Vectors(_Kernel):
     def _column(self, place: str) -> str:
         """A vector of B in the form the instruction takes it."""
         w, dot, lanes = self.w, self.dot, self.lanes
-        count, kind = lanes * dot.group, _TYPES[dot.b]
+        count, kind = lanes * dot.group, TYPES[dot.b]
         loaded = w.let(f"load <{count} x {kind}>, ptr {place}, align 1")
         if dot.name == "vpmaddwd":
             return w.let(f"sext <{count} x i8> {loaded} to <{count} x i16>")

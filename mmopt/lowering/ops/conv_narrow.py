@@ -150,10 +150,9 @@ def integer_sums(
     plan = _Plan.of(node, x, centred, groups, shape, dot)
     if plan is None:
         return None
-    shift = dot.shift if x.dtype == "int8" else 0
     total = plan.sums(node, x, centred, w.name, zero, "conv_int8")
     weights = centred.astype(np.int64).reshape(centred.shape[0], -1).sum(axis=1)
-    excess = Value(constant=((zero + shift) * weights).astype(np.int32), name=f"{w.name}_excess")
+    excess = Value(constant=((zero + dot.shift) * weights).astype(np.int32), name=f"{w.name}_excess")
     return IntegerSums(plan, total, excess)
 
 
@@ -278,7 +277,7 @@ class _Plan:
         context.realize([x], "operand")
         inside = x.in_blocks_of(block)
         origin = context.tensor(x) if inside is None else inside
-        shift = dot.shift if x.dtype == "int8" else 0
+        shift = dot.shift
         stored = "uint16" if dot.a == "bfloat16" else dot.a
         fill = tirx.const(zero + shift, stored)
 

@@ -138,8 +138,7 @@ class _Integers:
     def value(self) -> Value:
         packed = _operand(self.node, self.a, self.depth, self.dot)
         total = _tiled(self.node, self.a, packed, self.b, self.dot, "matmul_int8")
-        shift = self.dot.shift if self.a.dtype == "int8" else 0
-        zero = self._zero_of_a(shift)
+        zero = self._zero_of_a(self.dot.shift)
         sums = self._constant(self._column_sums(), "sums")
         weighted = bool(np.any(self.b_zero))
         row_sums = self._row_sums(packed) if weighted else None
@@ -168,7 +167,7 @@ class _Integers:
         if self.a_zero is not None and self.a_zero.constant is None:
             return None
         zero = 0 if self.a_zero is None or self.a_zero.constant is None else int(self.a_zero.constant.reshape(-1)[0])
-        excess = zero + (self.dot.shift if self.a.dtype == "int8" else 0)
+        excess = zero + self.dot.shift
         factors = a.constant.reshape(-1).astype(np.float32) * b.constant.reshape(-1).astype(np.float32)
         factors = np.ascontiguousarray(np.broadcast_to(factors, (self.columns,)))
         offsets = (-float(excess) * self._column_sums().astype(np.float64) * factors).astype(np.float32)
@@ -277,7 +276,7 @@ def _operand(node: OpNode, a: Value, depth: int, dot: Dot) -> Tensor:
     nothing = tirx.const(0, dot.a)
 
     def convert(x: Expr) -> Expr:
-        if dot.shift and source.dtype == "int8":
+        if dot.shift:
             return (x.astype("int16") + tirx.const(dot.shift, "int16")).astype(dot.a)
         return x.astype(dot.a)
 

@@ -70,10 +70,9 @@ class Walk:
         short = block * itemsize(dot.a) < ROW_BYTES
         joined = short and window.dilations[-1] == 1 and window.kernel[-1] > 1
         length = block * (window.kernel[-1] if joined else 1)
-        if not dot.tiled:
+        if dot.step == dot.group:
             return cls(dot, block, joined)
-        most = ROW_BYTES // itemsize(dot.a)
-        pieces = next(n for n in range(-(-length // most), length + 1) if length % (n * dot.group) == 0)
+        pieces = next(n for n in range(-(-length // dot.step), length + 1) if length % (n * dot.group) == 0)
         return cls(dataclasses.replace(dot, step=length // pieces), block, joined)
 
     def length(self, window: Window) -> int:
