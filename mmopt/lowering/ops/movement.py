@@ -11,6 +11,7 @@ from tvm.ir import Expr
 from mmopt.backends.compute import Map, Tensor
 from mmopt.backends.cpu.kernels.join import Join
 from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops.dequantized import dequantized, shared_encoding
 from mmopt.lowering.ops.extents import (
     axis_attr,
     choose,
@@ -66,6 +67,10 @@ def concat(node: OpNode) -> Value:
     """Operands one after another along an axis."""
     values = [v for v in node.inputs if v is not None]
     axis = axis_attr(node, values[0].ndim, 1)
+    if (known := shared_encoding(values)) is not None:
+        return dequantized(node, joined(node, [one.value for one in known], axis), known[0])
+    if not node.context.lazy:
+        node.context.realize([v for v in values if v.deferred], "operand")
     return joined(node, values, axis)
 
 

@@ -14,6 +14,7 @@ from mmopt.backends.compute import SUM, Combiner, Map, Reduction
 from mmopt.backends.cpu.kernels.pool import Pool, Windows
 from mmopt.backends.cpu.loops import flat_index, product
 from mmopt.backends.expressions import simplify
+from mmopt.lowering.ops.dequantized import dequantized, shared_encoding
 from mmopt.lowering.ops.elementwise import accumulator, is_float
 from mmopt.lowering.ops.extents import choose, i64, known
 from mmopt.lowering.ops.reduction import LARGEST, Rule, over
@@ -139,6 +140,12 @@ def max_pool(node: OpNode) -> list[Value]:
     """Largest element of each window, and where it is."""
     data = node.input(0)
     windows = windows_of(node, data.shape[2:])
+    known = shared_encoding([data]) if node.n_outputs == 1 else None
+    if known is not None:
+        integers = _pooled(node, known[0].value, windows, LARGEST, lambda x: x, lambda state, at: state)
+        return [dequantized(node, integers, known[0])]
+    if data.deferred and not node.context.lazy:
+        node.context.realize([data], "operand")
     best = _pooled(node, data, windows, LARGEST, lambda x: x, lambda state, at: state)
     return [best] if node.n_outputs == 1 else [best, _largest_positions(node, data, windows)]
 

@@ -16,6 +16,7 @@ from mmopt.lowering.ops.casting import saturated
 from mmopt.lowering.ops.coarse import can_requantize, is_rounded, requantized
 from mmopt.lowering.ops.conv import geometry
 from mmopt.lowering.ops.conv_narrow import IntegerSums, integer_sums
+from mmopt.lowering.ops.dequantized import is_encoding
 from mmopt.lowering.ops.elementwise import accumulator, broadcast_index, broadcast_shape
 from mmopt.lowering.ops.extents import i64, known
 from mmopt.lowering.ops.pooling import placed, windows_of
@@ -91,6 +92,8 @@ def quantize_linear(node: OpNode) -> Value:
     bits = zero.bits if zero is not None else narrow_bits(ir.DataType(chosen)) if chosen else None
     if "int" not in dtype:
         raise NotLowered(f"quantization to {dtype}")
+    if data.quantized is not None and bits is None and is_encoding(data.quantized, scale, zero, dtype):
+        return data.quantized.value
     step = parameter(node, scale, data)
     offset = parameter(node, zero, data) if zero is not None else None
     wide = "float64" if data.dtype == "float64" else "float32"
@@ -118,6 +121,10 @@ def dequantize_linear(node: OpNode) -> Value:
     step = parameter(node, scale, data)
     offset = parameter(node, zero, data) if zero is not None else None
     wide = accumulator(scale.dtype)
+    if data.dtype == "int32" and data.constant is not None and data.ndim == 1 and dtype == "float32":
+        bias = _known_bias(node, data.constant, scale, zero)
+        if bias is not None:
+            return bias
 
     def rule(x: Expr, at: Sequence[Expr]) -> Expr:
         if offset is None:
@@ -134,6 +141,14 @@ def dequantize_linear(node: OpNode) -> Value:
         axis = node.attr("axis", 1) % max(data.ndim, 1)
         made.quantized = Quantized(data, scale, zero, axis, node.attr("block_size", 0))
     return made
+
+
+def _known_bias(node: OpNode, data: np.ndarray, scale: Value, zero: Value | None) -> Value | None:
+    """A constant vector in 32 bits: no smaller than the floats it stands for, it is kept as those."""
+    if scale.constant is None or (zero is not None and zero.constant is None):
+        return None
+    centred = data.astype(np.int64) - (0 if zero is None or zero.constant is None else zero.constant.astype(np.int64))
+    return node.context.constant(centred.astype(np.float32) * scale.constant.astype(np.float32), node.name)
 
 
 @lowers("DynamicQuantizeLinear")

@@ -119,6 +119,8 @@ class NarrowFloats(Pass):
         if narrow:
             message = f"in {self.format}: {_counted(narrow)}; {len(choice.values)} values and weights are rounded"
             self.remark(context, "applied", "", message)
+        if self.kinds:
+            return
         taken = set(choice.operators)
         rest = collections.Counter(
             node.op_type

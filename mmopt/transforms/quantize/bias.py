@@ -67,6 +67,8 @@ def add_to_bias(layer: Layer, offset: Array, names: Names) -> None:
         return
     output = node.outputs[0]
     users = list(dict.fromkeys(use.node for use in output.uses()))
+    if _joins_addend(output, users, data, names):
+        return
     value = new_initializer(graph, ir.tensor(data), names.fresh(f"{layer.weight.name}_offset"))
     name = names.fresh(f"{output.name}_corrected")
     corrected = ir.Value(name=name, type=output.type, shape=output.shape)
@@ -74,6 +76,23 @@ def add_to_bias(layer: Layer, offset: Array, names: Names) -> None:
     for user in users:
         redirect(user, output, corrected)
     graph.insert_after(node, add)
+
+
+def _joins_addend(output: ir.Value, users: list[ir.Node], offset: Array, names: Names) -> bool:
+    """Put ``offset`` into the constant that is added to ``output`` anyway, if there is one."""
+    if len(users) != 1 or not is_onnx(users[0], "Add") or output.is_graph_output():
+        return False
+    (user,) = users
+    position = 1 if user.inputs[0] is output else 0
+    addend = user.inputs[position]
+    tensor = tensor_of(addend)
+    if tensor is None or addend is None or tuple(tensor.shape.numpy()) != offset.shape or user.graph is None:
+        return False
+    data = (np.asarray(tensor.numpy()).astype(np.float64) + offset).astype(np.float32)
+    value = new_initializer(user.graph, ir.tensor(data), names.fresh(f"{addend.name}_corrected"))
+    user.replace_input_with(position, value)
+    drop_unused(addend)
+    return True
 
 
 def _scaled(node: ir.Node, offset: Array) -> Array:

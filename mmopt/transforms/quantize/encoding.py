@@ -18,6 +18,7 @@ _BOUNDS = {
     ir.DataType.UINT8: (0, 255),
     ir.DataType.INT16: (-32768, 32767),
     ir.DataType.UINT16: (0, 65535),
+    ir.DataType.INT32: (-(2**31), 2**31 - 1),
     ir.DataType.INT4: (-8, 7),
     ir.DataType.UINT4: (0, 15),
 }

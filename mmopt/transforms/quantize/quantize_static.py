@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -23,7 +24,9 @@ from mmopt.transforms.quantize.bias import add_to_bias, mean_error
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
+from mmopt.transforms.quantize.placement import share_upwards, store_bias, stored_sums
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
+from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 
 _DTYPES = {8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 
@@ -36,11 +39,15 @@ class QuantizeStatic(Pass):
         stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
         method: How ranges are chosen: ``minmax``, ``percentile``, ``mse`` or ``entropy``.
         activation_bits: Bits of activations: 8, or 16 for layers that 8 are too few for.
+        rounding: Integers of weights: the ``nearest``, or ``gptq`` or ``adaround``: chosen for what the layer gives on
+            calibration samples.
         correct_bias: Whether the mean error of rounded weights is taken out of the bias.
         kinds: Operators to quantize; all that have integer kernels when empty.
         include: Patterns of names of nodes to quantize; all when empty.
         exclude: Patterns of names of nodes to leave alone.
         logits: Whether layers whose result leaves the model are quantized too.
+        portable: Whether to put pairs where other runtimes look for them: biases as int32, integers on both sides of
+            sums beside convolutions.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -48,11 +55,13 @@ class QuantizeStatic(Pass):
     stats: str = ""
     method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     activation_bits: Literal[8, 16] = 8
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     correct_bias: bool = True
     kinds: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     logits: bool = False
+    portable: bool = False
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Quantize what is selected; leave a remark for each layer that stays as it is.
@@ -67,16 +76,11 @@ class QuantizeStatic(Pass):
         if module.opset < (BLOCKED_OPSET if self.activation_bits == 16 else 13):
             self.remark(context, "missed", "", f"opset {module.opset} is too old to quantize in")
             return False
-        selection = Selection(self.kinds, self.include, self.exclude, self.logits)
-        chosen: dict[ir.Value, list[Layer]] = collections.defaultdict(list)
-        for layer in layers(module):
-            if reason := selection.refusal(layer):
-                self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
-            else:
-                chosen[layer.data].append(layer)
+        chosen = self._chosen(module, context)
         if not chosen:
             return False
-        calibration = calibration or calibration_of(self, self.stats, module, context)
+        grams = grams_wanted([layer for group in chosen.values() for layer in group], self.rounding)
+        calibration = calibration or calibration_of(self, self.stats, module, context, gram=grams)
         quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():
@@ -87,15 +91,45 @@ class QuantizeStatic(Pass):
                     self.remark(context, "missed", layer.name, message)
                 continue
             quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
+            share_upwards(quantizer, value, encoding, chosen)
             done.update(layer.node.op_type for layer in group)
             for layer in group:
-                difference = quantize_weight(quantizer, layer)
+                statistics = calibration.tensors[str(value.name)]
+                difference, weight = quantize_weight(quantizer, layer, statistics.gram, self.rounding)
                 if self.correct_bias:
-                    _correct(layer, difference, calibration.tensors[str(value.name)], names)
+                    _correct(layer, difference, statistics, names)
+                if self.portable and self.activation_bits == 8:
+                    store_bias(quantizer, layer, encoding, weight)
+        self._store_sums(module, quantizer, calibration, chosen)
         counted = ", ".join(f"{kind} ×{count}" for kind, count in done.most_common())
         origin = f"{calibration.samples} {calibration.source} samples"
         self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
         return bool(done)
+
+    def _chosen(self, module: Module, context: PassContext) -> dict[ir.Value, list[Layer]]:
+        """The layers to quantize, by what they read."""
+        selection = Selection(self.kinds, self.include, self.exclude, self.logits)
+        chosen: dict[ir.Value, list[Layer]] = collections.defaultdict(list)
+        for layer in layers(module):
+            if reason := selection.refusal(layer):
+                self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
+            else:
+                chosen[layer.data].append(layer)
+        return chosen
+
+    def _store_sums(
+        self,
+        module: Module,
+        quantizer: Quantizer,
+        calibration: Calibration,
+        chosen: Mapping[ir.Value, Sequence[Layer]],
+    ) -> None:
+        """Keep results of convolutions that are added up as integers, where they have to wait in memory."""
+        convolutions = {layer.node for group in chosen.values() for layer in group if is_onnx(layer.node, "Conv")}
+        for value, node in list(stored_sums(module.graph, convolutions, every=self.portable)):
+            encoding = self._encoding(calibration.tensors.get(str(value.name)))
+            if encoding is not None:
+                quantizer.activation(value, encoding, [node])
 
     def _encoding(self, statistics: TensorStatistics | None) -> Encoding | None:
         if statistics is None or not statistics.count:
@@ -104,15 +138,21 @@ class QuantizeStatic(Pass):
         return encode(np.array(low), np.array(high), _DTYPES[self.activation_bits], symmetric=False)
 
 
-def quantize_weight(quantizer: Quantizer, layer: Layer) -> Array:
-    """Store the weight of ``layer`` in int8, one symmetric scale for each output channel; returns what that loses."""
+def quantize_weight(
+    quantizer: Quantizer, layer: Layer, gram: Array | None = None, rounding: str = "nearest"
+) -> tuple[Array, Encoding]:
+    """Store the weight of ``layer`` in int8, one symmetric scale for each output channel.
+
+    Returns:
+        What that loses, and how it is stored.
+    """
     tensor = tensor_of(layer.weight)
     assert tensor is not None
     data = np.asarray(tensor.numpy())
     encoding = encode_weight(data, ir.DataType.INT8, layer.out_axis)
-    integers = encoding.quantize(data)
+    integers = round_weight(data, layer, encoding, gram, rounding)
     quantizer.constant(layer.weight, integers, encoding, [layer.node])
-    return np.asarray(data - encoding.dequantize(integers))
+    return np.asarray(data - encoding.dequantize(integers)), encoding
 
 
 def _correct(layer: Layer, difference: Array, statistics: TensorStatistics, names: Names) -> None:
