@@ -73,6 +73,7 @@ class TestTensorStatistics:
         assert statistics.channels is not None
         np.testing.assert_allclose(statistics.channels.mean, rows.mean(axis=0), rtol=1e-6, atol=1e-8)
         np.testing.assert_allclose(statistics.channels.mean_magnitude, np.abs(rows).mean(axis=0), rtol=1e-6)
+        np.testing.assert_allclose(statistics.channels.mean_square, (rows**2).mean(axis=0), rtol=1e-6)
         np.testing.assert_array_equal(statistics.channels.high, rows.max(axis=0))
         np.testing.assert_allclose(statistics.gram, rows.T @ rows, rtol=1e-12)
 
@@ -99,6 +100,7 @@ class TestTensorStatistics:
         np.testing.assert_array_equal(merged.histogram.counts, pooled.histogram.counts)
         np.testing.assert_allclose(merged.gram, pooled.gram)
         np.testing.assert_allclose(merged.channels.total, pooled.channels.total)
+        np.testing.assert_allclose(merged.channels.squares, pooled.channels.squares)
         for method in ("minmax", "percentile", "mse", "entropy"):
             assert choose_range(merged, method) == choose_range(pooled, method)
 

@@ -27,6 +27,7 @@ from mmopt.transforms.quantize import (
     QuantizeWeights,
     SmoothActivations,
 )
+from mmopt.transforms.quantize.adaround import adaround
 from mmopt.transforms.quantize.assignment import SCHEMES
 from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_error
 from mmopt.transforms.quantize.gptq import gptq, output_error
@@ -297,7 +298,74 @@ class TestMigration:
         text = """g (float[4,32] x, float[32] g, float[32] b, float[32,32] w) => (float[4,32] y) {
           n = LayerNormalization(x, g, b) a = MatMul(n, w) y = Add(a, n) }"""
         module = weights(module_from(text, opset=21), g=(32,), b=(32,), w=(32, 32))
-        assert SmoothActivations().run(module, PassContext(inputs={"x": feeds()})) is False
+        assert SmoothActivations(insert=False).run(module, PassContext(inputs={"x": feeds()})) is False
+
+    @staticmethod
+    def shared(scale: float) -> Module:
+        """A norm that a layer and a residual sum read, with one channel far larger than the others, and off zero."""
+        inputs = "float[4,32] x, float[32] g, float[32] b, float[32,24] w, float[24] c"
+        text = f"""g ({inputs}) => (float[4,24] y, float[4,32] z) {{
+          n = LayerNormalization(x, g, b) a = MatMul(n, w) d = Add(a, c) y = Tanh(d) z = Add(x, n) }}"""
+        module = weights(module_from(text, opset=21), g=(32,), b=(32,), w=(32, 24), c=(24,))
+        gain, offset = np.ones(32, np.float32), np.zeros(32, np.float32)
+        gain[3], offset[3] = scale / 4, scale
+        random = np.random.default_rng(3)
+        weight = random.standard_normal((32, 24)).astype(np.float32) / 20
+        weight[3] /= scale
+        for name, data in (("g", gain), ("b", offset), ("w", weight)):
+            module.graph.initializers[name].const_value = ir.tensor(data, name=name)
+        return module
+
+    @pytest.mark.parametrize("shift", [False, True])
+    def test_operators_are_put_in_where_no_norm_takes_the_scales(self, shift: bool) -> None:
+        x = {"x": feeds(7)[0]}
+        want = evaluate(self.shared(60), x)
+        errors = []
+        for smooth in (True, False):
+            module, context = self.shared(60), PassContext(inputs={"x": feeds(count=16)})
+            if smooth:
+                assert SmoothActivations(shift=shift).run(module, context)
+                assert count_ops(module)["Mul"] == 1
+                got = evaluate(module, x)
+                np.testing.assert_allclose(got["y"], want["y"], atol=1e-5)
+                np.testing.assert_array_equal(got["z"], want["z"])
+                assert SmoothActivations(shift=shift).run(module, context) is False
+            assert QuantizeStatic().run(module, context)
+            errors.append(np.abs(evaluate(module, x)["y"] - want["y"]).mean())
+        assert errors[0] < 0.5 * errors[1]
+
+    def test_nothing_is_put_in_where_channels_are_alike(self) -> None:
+        module, context = self.shared(1), PassContext(inputs={"x": feeds(count=16)})
+        assert SmoothActivations().run(module, context) is False
+        assert "its channels are alike" in context.remarks[0].message
+
+    def test_a_shift_goes_into_norm_and_bias(self) -> None:
+        module = self.skewed()
+        norm = module.graph[0]
+        offset = norm.inputs[2]
+        assert offset is not None
+        offset.const_value = ir.tensor(np.full(32, 5, np.float32), name="b")
+        x = {"x": feeds(7)[0]}
+        want = evaluate(module, x)["y"]
+        assert SmoothActivations(alpha=1.0, shift=True).run(module, PassContext(inputs={"x": feeds(count=16)}))
+        np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-4)
+        found = collect(module, {"x": feeds(count=16)}).tensors["n"].channels
+        assert found is not None
+        assert np.abs(found.mean).max() < 1e-3 * np.abs(found.high).max()
+
+    def test_the_share_found_is_near_the_best(self) -> None:
+        x = feeds(count=16)
+        found = collect(self.skewed(), {"x": x}).tensors["n"].channels
+        assert found is not None
+        errors = {}
+        want = [evaluate(self.skewed(), {"x": one})["y"] for one in x]
+        for alpha in (None, 0.0, 0.3, 0.5, 0.7, 1.0):
+            module, context = self.skewed(), PassContext(inputs={"x": x})
+            assert SmoothActivations(alpha=alpha).run(module, context)
+            assert QuantizeStatic().run(module, context)
+            got = [evaluate(module, {"x": one})["y"] for one in x]
+            errors[alpha] = np.sqrt(np.mean([(a - b) ** 2 for a, b in zip(got, want, strict=True)]))
+        assert errors[None] < 1.2 * min(errors.values())
 
     def test_wrong_use(self) -> None:
         with pytest.raises(UserError, match="alpha is 2"):
@@ -369,19 +437,61 @@ class TestGptq:
             back = encode_weight(weight.T, ir.DataType.INT4, 1 if block else 0, block=block).transposed()
             np.testing.assert_array_equal(gptq(weight, gram, there), gptq(weight, gram, back))
 
-    def test_pass_is_closer_than_rounding(self) -> None:
+    @pytest.mark.parametrize("method", ["gptq", "adaround"])
+    def test_pass_is_closer_than_rounding(self, method: str) -> None:
         context = PassContext(inputs={"x": correlated()})
         module, plain = mlp(), mlp()
-        assert QuantizeWeights(bits=4, method="gptq").run(module, context)
+        assert QuantizeWeights(bits=4, method=method).run(module, context)  # type: ignore[arg-type]
         assert QuantizeWeights(bits=4).run(plain, PassContext())
         x = {"x": correlated(1)[0]}
         want = evaluate(mlp(), x)["y"]
         errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
         assert errors[0] < 0.9 * errors[1]
 
+    @pytest.mark.parametrize("rounding", ["gptq", "adaround"])
+    def test_static_quantization_is_closer_than_with_the_nearest(self, rounding: str) -> None:
+        x = correlated()
+        want = [evaluate(mlp(), {"x": one})["y"] for one in x[:8]]
+        errors = []
+        for pass_ in (QuantizeStatic(activation_bits=16, rounding=rounding), QuantizeStatic(activation_bits=16)):  # type: ignore[arg-type]
+            module = mlp()
+            assert pass_.run(module, PassContext(inputs={"x": x}))
+            got = [evaluate(module, {"x": one})["y"] for one in x[:8]]
+            errors.append(np.mean([np.abs(a - b).mean() for a, b in zip(got, want, strict=True)]))
+        assert errors[0] < 0.9 * errors[1]
+
     def test_needs_samples(self) -> None:
         with pytest.raises(UserError, match="nothing to calibrate on"):
             QuantizeWeights(bits=4, method="gptq").run(mlp(), PassContext())
+
+
+class TestAdaround:
+    @pytest.mark.parametrize("block", [0, 8])
+    @pytest.mark.parametrize("dtype", [ir.DataType.INT4, ir.DataType.UINT4, ir.DataType.INT8])
+    def test_no_integer_can_be_changed_alone_for_the_better(self, dtype: ir.DataType, block: int) -> None:
+        random = np.random.default_rng(0)
+        weight = random.standard_normal((32, 6)).astype(np.float32)
+        x = correlated().reshape(-1, 32)
+        gram = x.T.astype(np.float64) @ x
+        symmetric = dtype != ir.DataType.UINT4
+        encoding = encode_weight(weight, dtype, 0 if block else 1, block=block, symmetric=symmetric)
+        chosen = adaround(weight, gram, encoding)
+        best = output_error(weight, encoding.dequantize(chosen), gram)
+        assert best <= output_error(weight, encoding.dequantize(gptq(weight, gram, encoding)), gram)
+        assert best < 0.3 * output_error(weight, encoding.dequantize(encoding.quantize(weight)), gram)
+        low, high = encoding.bounds
+        for place in random.integers(0, chosen.size, 60):
+            for step in (-1, 1):
+                other = chosen.copy()
+                other.flat[place] = np.clip(other.flat[place] + step, low, high)
+                assert output_error(weight, encoding.dequantize(other), gram) >= 0.999 * best
+
+    def test_channels_that_are_always_zero_keep_the_nearest(self) -> None:
+        weight = np.random.default_rng(0).standard_normal((16, 8)).astype(np.float32)
+        gram = np.eye(16)
+        gram[4:] = 0
+        encoding = encode_weight(weight, ir.DataType.INT4, 1)
+        np.testing.assert_array_equal(adaround(weight, gram, encoding), encoding.quantize(weight))
 
 
 def test_protecting_weights_lessens_the_error_of_four_bits() -> None:

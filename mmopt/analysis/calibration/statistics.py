@@ -84,6 +84,7 @@ class ChannelStatistics:
         high: Largest value.
         total: Sum.
         magnitude: Sum of magnitudes.
+        squares: Sum of squares.
         count: Values seen in each channel.
     """
 
@@ -92,13 +93,14 @@ class ChannelStatistics:
     high: Array
     total: Array
     magnitude: Array
+    squares: Array
     count: int = 0
 
     @classmethod
     def empty(cls, axis: int, channels: int) -> ChannelStatistics:
         """Of nothing."""
         full = np.full(channels, np.inf)
-        return cls(axis, full, -full, np.zeros(channels), np.zeros(channels))
+        return cls(axis, full, -full, *(np.zeros(channels) for _ in range(3)))
 
     def update(self, rows: Array) -> None:
         """Take in ``[values, channels]``."""
@@ -108,18 +110,25 @@ class ChannelStatistics:
         self.high = np.maximum(self.high, rows.max(axis=0))
         self.total += rows.sum(axis=0, dtype=np.float64)
         self.magnitude += np.abs(rows).sum(axis=0, dtype=np.float64)
+        self.squares += np.einsum("nc,nc->c", rows, rows, dtype=np.float64)
         self.count += len(rows)
 
     def merge(self, other: ChannelStatistics) -> None:
         """Take in what ``other`` has seen."""
         self.low, self.high = np.minimum(self.low, other.low), np.maximum(self.high, other.high)
         self.total, self.magnitude = self.total + other.total, self.magnitude + other.magnitude
+        self.squares = self.squares + other.squares
         self.count += other.count
 
     @property
     def mean(self) -> Array:
         """Mean of each channel."""
         return self.total / max(1, self.count)
+
+    @property
+    def mean_square(self) -> Array:
+        """Mean x² of each channel."""
+        return self.squares / max(1, self.count)
 
     @property
     def mean_magnitude(self) -> Array:

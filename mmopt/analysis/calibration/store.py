@@ -13,8 +13,8 @@ from mmopt.analysis.calibration.collect import Calibration
 from mmopt.analysis.calibration.statistics import SIDE, Array, ChannelStatistics, Histogram, TensorStatistics
 from mmopt.errors import UserError
 
-SCHEMA_VERSION = 1
-_CHANNEL_FIELDS = ("low", "high", "total", "magnitude")
+SCHEMA_VERSION = 2
+_CHANNEL_FIELDS = ("low", "high", "total", "magnitude", "squares")
 
 
 def save(calibration: Calibration, path: pathlib.Path) -> None:

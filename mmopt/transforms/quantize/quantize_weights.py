@@ -14,12 +14,12 @@ import onnx_ir as ir
 
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
-from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.canonicalize.editing import tensor_of
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Array, Encoding, encode_weight, squared_error
-from mmopt.transforms.quantize.gptq import gptq
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
+from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 
 _SIGNED = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 _UNSIGNED = {8: ir.DataType.UINT8, 4: ir.DataType.UINT4}
@@ -37,8 +37,9 @@ class QuantizeWeights(Pass):
         block: Weights along the depth that share a scale; 0 for one scale an output channel.
         symmetric: Whether steps are symmetric around 0; otherwise each block has a zero point of its own.
         search: Whether to clip extremes where that lessens the squared error.
-        method: ``round`` to the nearest, or ``gptq``: choose integers for what the layer gives on calibration samples.
-        stats: File of statistics with Gram matrices (``mmopt calibrate --gram``), for ``gptq``; the calibration
+        method: ``round`` to the nearest, or ``gptq`` or ``adaround``: choose integers for what the layer gives on
+            calibration samples.
+        stats: File of statistics with Gram matrices (``mmopt calibrate --gram``), for these two; the calibration
             samples of the run when empty.
         kinds: Operators to quantize.
         include: Patterns of names of nodes to quantize; all when empty.
@@ -52,7 +53,7 @@ class QuantizeWeights(Pass):
     block: int = 0
     symmetric: bool = True
     search: bool = True
-    method: Literal["round", "gptq"] = "round"
+    method: Literal["round", "gptq", "adaround"] = "round"
     stats: str = ""
     kinds: tuple[str, ...] = ("MatMul", "Gemm")
     include: tuple[str, ...] = ()
@@ -90,10 +91,10 @@ class QuantizeWeights(Pass):
 
     def _grams(self, module: Module, chosen: list[Layer], context: PassContext) -> dict[str, Array]:
         """Gram matrices of what the layers read, by the name of the value."""
-        wanted = [str(layer.data.name) for layer in chosen if not is_onnx(layer.node, "Conv")]
-        if self.method != "gptq" or not wanted:
+        wanted = grams_wanted(chosen, self.method)
+        if not wanted:
             return {}
-        calibration = calibration_of(self, self.stats, module, context, gram=dict.fromkeys(wanted))
+        calibration = calibration_of(self, self.stats, module, context, gram=wanted)
         found = {name: one.gram for name, one in calibration.tensors.items() if one.gram is not None}
         for layer in chosen:
             if str(layer.data.name) not in found:
@@ -103,12 +104,7 @@ class QuantizeWeights(Pass):
 
     def _integers(self, data: Array, encoding: Encoding, group: list[Layer], grams: dict[str, Array]) -> Array:
         known = [grams[str(layer.data.name)] for layer in group if str(layer.data.name) in grams]
-        if not known:
-            return encoding.quantize(data)
-        gram = np.sum(known, axis=0)
-        if group[0].depth_axis == 0:
-            return gptq(data, gram, encoding)
-        return np.ascontiguousarray(gptq(data.T, gram, encoding.transposed()).T)
+        return round_weight(data, group[0], encoding, np.sum(known, axis=0) if known else None, self.method)
 
     def encoding(self, weight: Array, layer: Layer) -> Encoding:
         """How ``weight`` is quantized."""

@@ -1,65 +1,149 @@
-"""Moves scales from activations to weights, where a norm stands between: both get easier to quantize.
+"""Moves ranges of channels from activations to weights: both get easier to quantize.
 
-    y = W · norm(x; g, b)    =    (W S) · norm(x; g/S, b/S)        S = diag(s)
+    y = W · norm(x; g, b)    =    (W S) · norm(x; g/S, (b − c)/S)  +  W c        S = diag(s)
 
 Nothing changes but rounding. s = max|x|^α / max|w|^(1-α) balances activations against weights (SmoothQuant: Xiao et
-al., 2023).
+al., 2023); with c, the middle of each channel's range, and α = 1 all channels of a norm's result get the same range
+(RepQ-ViT: Li et al., 2023). Where no norm can take the scales, or others read its result too (as residual sums do), one
+multiplication and addition stand before the layers instead, if they are worth it.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
+import onnx_ir as ir
 
 from mmopt.errors import UserError
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
+from mmopt.transforms.canonicalize.editing import is_onnx
+from mmopt.transforms.quantize.bias import add_to_bias
 from mmopt.transforms.quantize.calibrating import calibration_of
-from mmopt.transforms.quantize.scales import Writer, after_norms, limited, magnitudes
+from mmopt.transforms.quantize.layers import Layer, layers
+from mmopt.transforms.quantize.migration import Migration, choose
+from mmopt.transforms.quantize.scales import Writer, after_norms, weight_of
+
+WORTH = 1.2
+"""Times that the predicted error must fall for operators to be put in."""
 
 
 @dataclasses.dataclass(frozen=True)
 class SmoothActivations(Pass):
-    """Hand scales of activations over to the weights after norms, before static quantization.
+    """Hand ranges of channels over from activations to weights, before static quantization.
 
     Attributes:
-        alpha: How much of the range goes to the weights: 0 none of it, 1 all.
+        alpha: How much of the range goes to the weights: 0 none of it, 1 all; by default what leaves the least error,
+            tensor by tensor.
+        shift: Whether the middle of each channel's range moves into the bias.
+        insert: Whether a multiplication and addition are put in where no norm can take the scales.
         stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.ROUNDING
 
-    alpha: float = 0.5
+    alpha: float | None = None
+    shift: bool = False
+    insert: bool = True
     stats: str = ""
 
     def run(self, module: Module, context: PassContext) -> bool:
-        """Rescale every norm that only layers read.
+        """Rescale every tensor that layers read, where it helps.
 
         Raises:
             UserError: ``alpha`` is no share, or there is nothing to calibrate on.
         """
-        if not 0 <= self.alpha <= 1:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha:g}", where=self.name, hint="give a share from 0 to 1")
-        groups = list(after_norms(module))
+        groups = [group for group in _groups(module) if group.norm is not None or self.insert]
         if not groups:
             return False
         calibration = calibration_of(self, self.stats, module, context)
         writer = Writer(module)
-        done = 0
-        for norm, readers in groups:
-            value = norm.outputs[0]
-            found = calibration.tensors.get(str(value.name))
-            if found is None or found.channels is None:
-                self.remark(context, "missed", str(norm.name), f"no statistics of {value.name!r} by channel")
+        done = collections.Counter[str]()
+        for group in groups:
+            name = str(group.value.name)
+            found = calibration.tensors.get(name)
+            if found is None or found.channels is None or len(found.channels.low) != group.depth:
+                self.remark(context, "missed", name, f"no statistics of {name!r} by channel")
                 continue
-            activations = np.maximum(np.abs(found.channels.low), np.abs(found.channels.high))
-            weights = np.max([magnitudes(layer) for layer in readers], axis=0)
-            scales = limited(activations**self.alpha / np.maximum(weights, 1e-12) ** (1 - self.alpha))
-            writer.scale_norm(norm, scales)
-            for layer in readers:
-                writer.scale_depth(layer, scales)
-            done += 1
-        self.remark(context, "applied", "", f"{done} norms hand scales over to the layers that read them.")
+            shift = self.shift and group.can_shift
+            chosen = choose(found.channels, group.weights, alpha=self.alpha, shift=shift)
+            if self._refused(group, chosen, context):
+                continue
+            _apply(writer, group, chosen)
+            done["norms" if group.norm is not None else "tensors, by operators of their own,"] += 1
+        counted = " and ".join(f"{count} {kind}" for kind, count in done.items())
+        if done:
+            self.remark(context, "applied", "", f"{counted} hand ranges of channels over to the layers that read them.")
         return bool(done)
+
+    def _refused(self, group: Group, chosen: Migration, context: PassContext) -> bool:
+        if self.alpha is None and chosen.gain <= (1.0 if group.norm is not None else WORTH):
+            message = f"its channels are alike: rescaling would lessen the error {chosen.gain:.2f} times only"
+            self.remark(context, "missed", str(group.value.name), message)
+            return True
+        return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Layers that read one tensor.
+
+    Attributes:
+        value: The tensor.
+        readers: The layers.
+        norm: The norm that makes it, when it can take the scales.
+    """
+
+    value: ir.Value
+    readers: list[Layer]
+    norm: ir.Node | None
+
+    @property
+    def weights(self) -> list[np.ndarray]:
+        """Weights of the layers, ``[depth, columns]`` each, float64."""
+        return [weight_of(layer) if layer.depth_axis == 0 else weight_of(layer).T for layer in self.readers]
+
+    @property
+    def can_shift(self) -> bool:
+        """Whether a shift can be taken out of the tensor and put into the results."""
+        outputs = any(
+            is_onnx(layer.node, "MatMul") and layer.node.outputs[0].is_graph_output() for layer in self.readers
+        )
+        return not outputs and (self.norm is None or is_onnx(self.norm, "LayerNormalization"))
+
+    @property
+    def depth(self) -> int:
+        """Channels of the tensor."""
+        return len(self.weights[0])
+
+
+def _groups(module: Module) -> Iterator[Group]:
+    norms = {norm.outputs[0]: norm for norm, _ in after_norms(module)}
+    readers: dict[ir.Value, list[Layer]] = collections.defaultdict(list)
+    for layer in layers(module):
+        if not is_onnx(layer.node, "Conv"):
+            readers[layer.data].append(layer)
+    for value, group in readers.items():
+        turned = any(is_onnx(layer.node, "Gemm") and layer.node.attributes.get_int("transA", 0) for layer in group)
+        if not turned:
+            yield Group(value, group, norms.get(value))
+
+
+def _apply(writer: Writer, group: Group, chosen: Migration) -> None:
+    """Rescale what the layers of a group read, and their weights, so that nothing changes."""
+    shifted = bool(np.any(chosen.shifts))
+    offsets = [chosen.shifts @ weight for weight in group.weights] if shifted else []
+    if group.norm is not None:
+        writer.scale_norm(group.norm, chosen.scales, chosen.shifts)
+    else:
+        writer.insert(group.value, [layer.node for layer in group.readers], chosen.scales, chosen.shifts)
+    for layer in group.readers:
+        writer.scale_depth(layer, chosen.scales)
+    for layer, offset in zip(group.readers, offsets, strict=bool(offsets)):
+        add_to_bias(layer, offset, writer.names)
