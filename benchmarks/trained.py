@@ -8,7 +8,7 @@ Training takes about two minutes each on two cores.
 *digits*: a picture (MNIST, with noise and a black square), a recording (Free Spoken Digit Dataset, with noise) and the
 name of the digit with wrong letters; paired by label, so the pairs are made up while each part is real. Speakers,
 recordings and pictures of the test are not in training. *polarity*: sentences from film reviews (Pang and Lee, 2005),
-words as tokens.
+words as tokens. *minilm*: all-MiniLM-L6-v2 as it is published, with the same sentences.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ import torch
 from torch import nn
 
 from benchmarks.models import chosen
+from benchmarks.zoo import ZOO
 from benchmarks.zoo.onnx_export import write
+from benchmarks.zoo.sentences import tokenize
 from mmopt.errors import MmoptError, UserError
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -34,6 +36,7 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 RATE, FRAMES, BANDS, LETTERS = 8000, 64, 40, 8
 WORDS, LENGTH = 6000, 48
 CALIBRATION = 256
+SENTENCES = 600
 
 
 class Digits(nn.Module):  # type: ignore[misc]
@@ -236,14 +239,16 @@ def polarity(data: pathlib.Path) -> tuple[nn.Module, Arrays, Arrays, np.ndarray[
     return network, calibration, {name: array[test] for name, array in arrays.items()}, labels[test]
 
 
-NETWORKS = {"digits": digits, "polarity": polarity}
+TRAINED = {"digits": digits, "polarity": polarity}
+NETWORKS = (*TRAINED, "minilm")
 
 
 def prepare(name: str, folder: pathlib.Path, data: pathlib.Path) -> None:
-    """Train a network and write it with its data, unless it is there.
+    """Train a network, or take a published one, and write it with its data, unless it is there.
 
     Raises:
         UserError: The data is not there.
+        UnsupportedError: The published one is not installed.
     """
     if (folder / f"{name}.test.npz").exists():
         return
@@ -251,8 +256,11 @@ def prepare(name: str, folder: pathlib.Path, data: pathlib.Path) -> None:
         raise UserError("there is no data to train on", where=str(data), hint="give its folder with --data")
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
+    if name == "minilm":
+        _minilm(folder, data)
+        return
     print(f"train {name} …", file=sys.stderr, flush=True)
-    network, calibration, test, labels = NETWORKS[name](data)
+    network, calibration, test, labels = TRAINED[name](data)
     example = {key: array[:2] for key, array in test.items()}
     batch = {key: {0: torch.export.Dim("batch")} for key in test}
     path = folder / f"{name}.onnx"
@@ -262,6 +270,19 @@ def prepare(name: str, folder: pathlib.Path, data: pathlib.Path) -> None:
     path.with_name(f"{path.name}.data").unlink(missing_ok=True)
     np.savez(folder / f"{name}.calibration.npz", **calibration)  # type: ignore[arg-type]
     np.savez(folder / f"{name}.test.npz", labels=labels, **test)  # type: ignore[arg-type]
+
+
+def _minilm(folder: pathlib.Path, data: pathlib.Path) -> None:
+    """all-MiniLM-L6-v2, with sentences of film reviews and without labels."""
+    rows = [line.split("\t", 1)[1] for line in (data / "movie_polarity.tsv").read_text().splitlines()]
+    order = np.random.default_rng(0).permutation(len(rows))
+    chosen_rows = [rows[n] for n in order[: CALIBRATION // 2 + SENTENCES]]
+    arrays = tokenize(chosen_rows, LENGTH)
+    model = onnx.load(ZOO["all-minilm-l6"].export(folder / "models", dynamic=True))
+    onnx.save(model, folder / "minilm.onnx")
+    for part, rows_of in (("calibration", slice(0, CALIBRATION // 2)), ("test", slice(CALIBRATION // 2, None))):
+        part_arrays = {name: array[rows_of] for name, array in arrays.items()}
+        np.savez(folder / f"minilm.{part}.npz", **part_arrays)  # type: ignore[arg-type]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
