@@ -30,6 +30,7 @@ from mmopt.bench import machine
 from mmopt.errors import MmoptError
 
 FLOAT = "float"
+OURS = "mmopt w8a8 smooth gptq"
 
 
 def judge(name: str, folder: pathlib.Path, methods: Sequence[str], *, reuse: bool) -> list[dict[str, Any]]:
