@@ -305,7 +305,8 @@ class _Repair:
         """The λ with the least error on the half that it is not fitted to, and that error; of both halves together."""
         halves = [(even, odd), (odd, even)] if odd.power.any() else [(even, even)]
         # Zeros that were put into a weight are to stay.
-        is_sparse = np.count_nonzero(start) < (1 - SPARSE) * start.size
+        weights = start[:, : start.shape[1] - has_bias]
+        is_sparse = np.count_nonzero(weights) < (1 - SPARSE) * weights.size
         tried: list[float] = [] if self._bias_only or is_sparse else list(STRENGTHS)
         tried += [np.inf] if has_bias else []
         errors = {

@@ -1,0 +1,154 @@
+"""The choice of sizes: near the best there is, within every goal and floor, and honest about what cannot be done."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+
+import numpy as np
+import pytest
+
+from mmopt.analysis.axes import find_groups
+from mmopt.analysis.cost import analyze_cost
+from mmopt.errors import UserError
+from mmopt.transforms.prune import costs
+from mmopt.transforms.prune.budgets import check_towers, parse, share
+from mmopt.transforms.prune.choose import Goal, Problem, choose
+from mmopt.transforms.prune.costs import Axis, CostModel, Product
+from mmopt.transforms.prune.curves import from_scores, normalized
+from mmopt.transforms.prune.slicing import slice_units
+from tests.prunable import convolutions, two_modalities
+
+
+def whole(name: str, units: int) -> Axis:
+    return Axis(units, ((units, ((name, units),)),))
+
+
+def chain(seed: int, layers: int = 4) -> tuple[Problem, float]:
+    """Layers in a row, whose products cost what both their ends cost together; and a goal."""
+    random = np.random.default_rng(seed)
+    full = {f"g{n}": int(random.integers(4, 9)) for n in range(layers)}
+    sizes = list(full.items())
+    terms = [Product(float(a[1] * b[1]), (whole(*a), whole(*b)), None) for a, b in zip(sizes, sizes[1:], strict=False)]
+    curves = {name: from_scores(random.random(units) ** 2 * random.random()) for name, units in full.items()}
+    options = {name: list(range(units, 0, -1)) for name, units in full.items()}
+    cost = CostModel(terms, full)
+    return Problem(curves, options, cost), cost.total() * random.uniform(0.3, 0.8)
+
+
+def test_near_the_best_of_all_choices() -> None:
+    ratios = []
+    for seed in range(25):
+        problem, budget = chain(seed)
+        found = choose(problem, [Goal(budget)])
+        assert problem.cost.total(found) <= budget * (1 + 1e-9)
+        choices = (
+            dict(zip(problem.options, sizes, strict=True)) for sizes in itertools.product(*problem.options.values())
+        )
+        best = min(problem.damage(sizes) for sizes in choices if problem.cost.total(sizes) <= budget)
+        ratios.append(problem.damage(found) / best)
+    assert min(ratios) >= 1 - 1e-9
+    assert statistics.median(ratios) < 1.01
+    assert max(ratios) < 1.25
+
+
+def test_nothing_is_cut_when_the_goal_is_met_already() -> None:
+    problem, _ = chain(0)
+    assert choose(problem, [Goal(problem.cost.total())]) == {name: sizes[0] for name, sizes in problem.options.items()}
+
+
+def test_towers_meet_goals_of_their_own() -> None:
+    terms = [Product(100.0, (whole("a", 10),), "image"), Product(50.0, (whole("b", 10),), "text")]
+    cost = CostModel(terms, {"a": 10, "b": 10})
+    curves = {name: from_scores(np.ones(10)) for name in "ab"}
+    problem = Problem(curves, {name: range(10, 0, -1) for name in "ab"}, cost)
+    assert choose(problem, [Goal(70.0, "image")]) == {"a": 7, "b": 10}
+    assert choose(problem, [Goal(70.0, "image"), Goal(20.0, "text")]) == {"a": 7, "b": 4}
+
+
+def test_a_tower_is_not_cut_below_its_floor() -> None:
+    terms = [Product(100.0, (whole("a", 10),), "image"), Product(100.0, (whole("b", 10),), "text")]
+    cost = CostModel(terms, {"a": 10, "b": 10})
+    curves = {"a": from_scores(np.ones(10)), "b": from_scores(np.full(10, 1e-3))}
+    options = {name: range(10, 0, -1) for name in "ab"}
+    assert choose(Problem(curves, options, cost), [Goal(120.0)]) == {"a": 10, "b": 2}
+    assert choose(Problem(curves, options, cost, {"text": 60.0}), [Goal(120.0)]) == {"a": 6, "b": 6}
+
+
+def test_steps_that_save_nothing_are_stepped_over() -> None:
+    class Stairs:
+        groups, tower = frozenset("a"), None
+
+        def value(self, sizes: costs.Sizes) -> float:
+            return 10.0 * -(-sizes["a"] // 4)
+
+    cost = CostModel([Stairs()], {"a": 8})
+    problem = Problem({"a": from_scores(np.ones(8))}, {"a": range(8, 0, -1)}, cost)
+    assert choose(problem, [Goal(10.0)]) == {"a": 4}
+
+
+def test_what_cannot_be_met_is_said_with_what_can() -> None:
+    problem, _ = chain(1)
+    least = {name: sizes[-1] for name, sizes in problem.options.items()}
+    possible = 1 - problem.cost.total(least) / problem.cost.total()
+    with pytest.raises(UserError, match=f"99% cheaper.* is {possible:.0%}"):
+        choose(problem, [Goal(problem.cost.total() * 0.01)])
+
+
+def test_costs_are_those_of_the_sliced_model() -> None:
+    for module in (convolutions(), two_modalities()):
+        groups = [group for group in find_groups(module) if not group.frozen]
+        owner = costs.owners(module)
+        sizes = {group.name: max(1, group.units * 2 // 3) for group in groups}
+        macs, weights = costs.macs(module, groups, owner), costs.parameters(module, groups, owner)
+        before = analyze_cost(module, {"batch": 1})
+        assert macs.total() == before.macs
+        sliced = module.clone()
+        slice_units(sliced, groups, {name: range(count) for name, count in sizes.items()})
+        after = analyze_cost(sliced, {"batch": 1})
+        assert after.macs < before.macs
+        assert macs.total(sizes) == pytest.approx(after.macs)
+        assert weights.total(sizes) == pytest.approx(after.total_parameters)
+
+
+def test_shares_of_towers_add_up() -> None:
+    module = two_modalities()
+    groups = [group for group in find_groups(module) if not group.frozen]
+    cost = costs.macs(module, groups, costs.owners(module))
+    assert set(cost.towers()) == {"image", "text"}
+    assert sum(cost.total(None, tower) for tower in cost.towers()) < cost.total()
+
+
+def test_normalized_curves_weigh_towers_alike() -> None:
+    module = two_modalities()
+    groups = [group for group in find_groups(module) if not group.frozen]
+    curves = {group.name: from_scores(np.full(group.units, 7.0)) for group in groups}
+    found = normalized(curves, groups)
+    for tower in ("image", "text"):
+        members = [group.name for group in groups if group.tower == tower]
+        assert sum(found[name].damage[-1] for name in members) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("40%", 0.4), ("0.25", 0.25), (" 5 %", 0.05)])
+def test_shares(text: str, expected: float) -> None:
+    assert share(text) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("text", ["", "0%", "100%", "-3%", "1.5", "many", "nan"])
+def test_what_is_no_share(text: str) -> None:
+    with pytest.raises(UserError, match="no share to cut"):
+        share(text)
+
+
+def test_shares_by_tower() -> None:
+    assert parse("towers.vision=30%,towers.text=10%") == {"vision": 0.3, "text": 0.1}
+    assert parse("30%") == {None: 0.3}
+    with pytest.raises(UserError, match="names no tower"):
+        parse("vision=30%")
+    with pytest.raises(UserError, match="given twice"):
+        parse("towers.a=1%,towers.a=2%")
+    with pytest.raises(UserError, match="cannot be met together"):
+        parse("10%,towers.a=2%")
+    with pytest.raises(UserError, match="no tower 'txt'") as error:
+        check_towers({"txt": 0.1}, ["text", "image"])
+    assert "did you mean 'text'" in str(error.value)
