@@ -153,6 +153,39 @@ def test_transposes_compose(first: str, second: str, left: list[str]) -> None:
     assert ops(module)[-len(left) :] == left
 
 
+AROUND_UNITS = {
+    "back-in-order": ("float[m,6,n] x", "[1, 0, 2]", "[1, 6, -1, 8]", "[0, 2, 1, 3]", ["Reshape", "Relu"]),
+    "moved": (
+        "float[m,6,n] x",
+        "[1, 0, 2]",
+        "[1, 6, -1, 8]",
+        "[3, 0, 1, 2]",
+        ["Transpose", "Reshape", "Transpose", "Relu"],
+    ),
+    "split-axis": (
+        "float[m,6,n] x",
+        "[1, 0, 2]",
+        "[3, 2, -1, 8]",
+        "[2, 0, 1, 3]",
+        ["Transpose", "Reshape", "Transpose", "Relu"],
+    ),
+    "drops-units": ("float[5,1,7] x", "[1, 2, 0]", "[7, 5]", "[1, 0]", ["Reshape", "Relu"]),
+}
+
+
+@pytest.mark.parametrize(("x", "first", "middle", "second", "left"), AROUND_UNITS.values(), ids=AROUND_UNITS)
+def test_transposes_around_axes_of_one_element(x: str, first: str, middle: str, second: str, left: list[str]) -> None:
+    rank = len(middle.split(","))
+    text = (
+        f"g ({x.replace('n', '8')}) => (float[{','.join('abcd'[:rank])}] y)"
+        f" <int64[{rank}] s = {{{middle[1:-1]}}}>"
+        f" {{ a = Transpose<perm = {first}>(x) b = Reshape(a, s) c = Transpose<perm = {second}>(b) y = Relu(c) }}"
+    )
+    module = module_from(text)
+    check(ComposeTransposes(), module, fires=left[0] == "Reshape")
+    assert ops(module)[-len(left) :] == left
+
+
 def test_transpose_of_a_shared_transpose_leaves_the_other_reader() -> None:
     body = "a = Transpose<perm = [0, 2, 1]>(x) b = Transpose<perm = [0, 2, 1]>(a) y = Relu(b) z = Exp(a)"
     module = module_from(graph(body, outputs=f"{Y}, float[batch,4,3] z"))
