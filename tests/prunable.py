@@ -14,12 +14,10 @@ Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def named(net: Net, *outputs: ir.Value) -> Module:
-    """The model that ``net`` builds, with batches of any size and shapes left to inference."""
+    """The model that ``net`` builds, with outputs ``y0``, ``y1``, …"""
     for place, value in enumerate(outputs):
-        value.name = f"y{place}"
-        value.type = ir.TensorType(FLOAT)
-    net.graph.outputs.extend(outputs)
-    return Module(ir.Model(net.graph, ir_version=10))
+        net.output(value, f"y{place}")
+    return net.module()
 
 
 def perceptron(inputs: int = 12, hidden: int = 32, results: int = 6, *, rank: int = 0, seed: int = 0) -> Module:
@@ -34,7 +32,6 @@ def perceptron(inputs: int = 12, hidden: int = 32, results: int = 6, *, rank: in
         first, offset = first * factors[:, None], offset * factors
     up = net.op("Gemm", x, net.constant(first), net.constant(offset), transB=1)
     down = net.op("Gemm", net.op("Relu", up), net.weight(results, hidden), net.weight(results), transB=1)
-    net.graph.outputs.clear()
     return named(net, down)
 
 
