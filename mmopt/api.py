@@ -155,7 +155,7 @@ def optimize(
         UserError: An unknown recipe, pass or option, or inputs that do not run.
         PassError: A pass failed and ``strict`` is set.
     """
-    from mmopt.analysis.calibration import GIVEN, RANDOM, made_up
+    from mmopt.analysis.calibration import GIVEN, MADE_UP, RANDOM, made_up
     from mmopt.pipeline.manager import PassManager
 
     chosen = choose_recipe(level, precision, recipe, passes, target)
@@ -165,7 +165,7 @@ def optimize(
         _note_arithmetic(result, target, chosen_precision(chosen, precision))
     if isinstance(samples, str):
         samples, samples_from = made_up(result, settings["seed"]), RANDOM
-        result.remark("calibration", "note", "", "the calibration samples were made up: accuracy is left to chance")
+        result.remark("calibration", "note", "", MADE_UP)
     else:
         samples_from = GIVEN
     if evaluation is not None and not evaluation.original:

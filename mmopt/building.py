@@ -133,6 +133,8 @@ def build_artifact(
     with write_artifact(output) as writer:
         progress(0, len(_STEPS), _STEPS[0])
         program = compile_module(module, profile, entries=entries, options=CompileOptions(chooser=chooser))
+        # What accuracy rests on is told with the artifact, not in its report alone.
+        program.notes.extend(dict.fromkeys(r.message for r in module.remarks if r.source == "calibration"))
         progress(1, len(_STEPS), _STEPS[1])
         writer.add_program(program, config=config)
         # Its weights are as large as the model, and parts of the compiler that refer to each other still hold them.

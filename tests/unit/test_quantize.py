@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import mmopt
-from mmopt.analysis.calibration import collect, save
+from mmopt.analysis.calibration import MADE_UP, collect, save
 from mmopt.cli import main
 from mmopt.errors import UserError
 from mmopt.ir.module import Module
@@ -659,3 +660,148 @@ class TestPresets:
         assert "mixed: w" in capsys.readouterr().err
         kinds = {value.dtype for value in ir.load(tmp_path / "a.onnx").graph.initializers.values()}
         assert ir.DataType.INT4 in kinds
+
+
+class TestHonesty:
+    """Through the command line: what data cannot be used, and what is said of data that means nothing."""
+
+    TOWERS = """g (float[1,16] picture, float[1,16] sound) => (float[1,16] y) {
+      p = MatMul(picture, a) q = Relu(p) s = MatMul(sound, b) t = Relu(s) u = Add(q, t)
+      v = MatMul(u, w) y = Tanh(v) }"""
+
+    @pytest.fixture
+    def folder(self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
+        inputs = "(float[1,16] picture, float[1,16] sound, float[16,16] a, float[16,16] b, float[16,16] w)"
+        text = self.TOWERS.replace("(float[1,16] picture, float[1,16] sound)", inputs)
+        module = weights(module_from(text, opset=21), a=(16, 16), b=(16, 16), w=(16, 16))
+        random = np.random.default_rng(0)
+        for name in "abw":
+            data = random.standard_normal((16, 16)).astype(np.float32) / 4
+            module.graph.initializers[name].const_value = ir.tensor(data, name=name)
+        ir.save(module.model, tmp_path / "m.onnx")
+        monkeypatch.chdir(tmp_path)
+        return tmp_path
+
+    @staticmethod
+    def samples() -> dict[str, np.ndarray]:
+        random = np.random.default_rng(0)
+        return {name: random.standard_normal((6, 1, 16)).astype(np.float32) for name in ("picture", "sound")}
+
+    @staticmethod
+    def run(*arguments: str, output: str = "a.onnx") -> int:
+        return main.run(["optimize", "m.onnx", "-o", output, *arguments])
+
+    @pytest.mark.parametrize(
+        ("wanted", "change", "message"),
+        [
+            (["--precision", "int8"], ("sound", (4, 0, 3), np.nan), "sample 4 of input 'sound' has NaN"),
+            (["--quant", "mixed"], ("picture", (2, 0, 0), np.inf), "sample 2 of input 'picture' has NaN or infinity"),
+            (["--pass", "smooth-activations"], ("sound", slice(None), 0), "tower: 'sound' never varies"),
+        ],
+    )
+    def test_data_that_cannot_be_used(
+        self,
+        folder: pathlib.Path,
+        wanted: list[str],
+        change: tuple[str, object, float],
+        message: str,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        data = self.samples()
+        data[change[0]][change[1]] = change[2]  # type: ignore[index]
+        np.savez(folder / "x.npz", **data)  # type: ignore[arg-type]
+        assert self.run(*wanted, "--calib", "x.npz") == 2
+        assert message in capsys.readouterr().err
+        assert main.run(["calibrate", "m.onnx", "--calib", "x.npz", "-o", "x.stats"]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(path.name for path in folder.iterdir()) == ["m.onnx", "x.npz"]
+
+    @pytest.mark.parametrize("way", ["samples", "statistics"])
+    def test_made_up_samples_mark_console_report_and_manifest(
+        self, folder: pathlib.Path, way: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        arguments = ["--precision", "int8", "--calib", "random"]
+        if way == "statistics":
+            assert main.run(["calibrate", "m.onnx", "--calib", "random", "-o", "r.stats", "-q"]) == 0
+            arguments = ["--pass", "quantize-static{stats=r.stats}"]
+        assert self.run(*arguments, output="a.mmopt") == 0
+        assert "the calibration samples were made up" in capsys.readouterr().err
+        assert "the calibration samples were made up" in (folder / "a.mmopt" / "report.json").read_text()
+        notes = json.loads((folder / "a.mmopt" / "manifest.json").read_text())["notes"]
+        assert [note for note in notes if "made up" in note] == [MADE_UP]
+
+    def test_given_samples_are_not_marked(self, folder: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        np.savez(folder / "x.npz", **self.samples())  # type: ignore[arg-type]
+        assert self.run("--precision", "int8", "--calib", "x.npz") == 0
+        assert "made up" not in capsys.readouterr().err
+
+
+class TestMerging:
+    """Statistics collected apart give the model that those of all data give."""
+
+    FRAMES, BANDS = 32, 20
+
+    @classmethod
+    def spoken(cls) -> list[np.ndarray]:
+        """Frames of recordings, ``[count, 1, BANDS, FRAMES]`` for each of six speakers."""
+        path = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "spoken_digits.npz"
+        if not path.exists():
+            pytest.skip("recordings of spoken digits are not here")
+        data = np.load(path)
+        bounds, size = data["offsets"], cls.FRAMES * cls.BANDS
+        parts = []
+        for speaker in range(6):
+            places = np.flatnonzero(data["speaker"] == speaker)[:8]
+            waves = [data["audio"][bounds[n] : bounds[n] + size] for n in places]
+            rows = [np.pad(wave, (0, size - len(wave))).reshape(cls.FRAMES, cls.BANDS).T for wave in waves]
+            parts.append(np.stack(rows)[:, None].astype(np.float32) / 32768)
+        return parts
+
+    @classmethod
+    def synthetic(cls) -> list[np.ndarray]:
+        """The same from random numbers; every speaker is louder than the one before."""
+        random = np.random.default_rng(0)
+        shape = (5, 1, cls.BANDS, cls.FRAMES)
+        return [((1.7**n) * random.standard_normal(shape)).astype(np.float32) for n in range(6)]
+
+    @classmethod
+    def network(cls, path: pathlib.Path) -> None:
+        inputs = f"float[1,{cls.BANDS},{cls.FRAMES}] x, float[24,{cls.BANDS},5] w, float[24] b, float[24,16] v"
+        text = f"""g ({inputs}) => (float[1,{cls.FRAMES - 4},16] y) {{
+          c = Conv(x, w, b) r = Relu(c) t = Transpose<perm = [0, 2, 1]>(r) m = MatMul(t, v) y = Softsign(m) }}"""
+        module = weights(module_from(text, opset=21), w=(24, cls.BANDS, 5), b=(24,), v=(24, 16))
+        random = np.random.default_rng(1)
+        for name in ("w", "v"):
+            shape = module.graph.initializers[name].const_value.shape.numpy()  # type: ignore[union-attr]
+            data = random.standard_normal(shape).astype(np.float32) / 5
+            module.graph.initializers[name].const_value = ir.tensor(data, name=name)
+        ir.save(module.model, path)
+
+    @pytest.mark.parametrize("source", ["synthetic", "spoken"])
+    def test_models_from_merged_and_pooled_statistics_agree(
+        self, source: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        parts = getattr(self, source)()
+        monkeypatch.chdir(tmp_path)
+        self.network(tmp_path / "m.onnx")
+        merge = []
+        for number, part in enumerate([*parts, np.concatenate(parts)]):
+            np.savez("x.npz", x=part)
+            name = f"{number}.stats" if number < len(parts) else "pooled.stats"
+            assert main.run(["calibrate", "m.onnx", "--calib", "x.npz", "-o", name, "-q"]) == 0
+            merge += ["--merge", name] if number < len(parts) else []
+        assert main.run(["calibrate", *merge, "-o", "merged.stats", "-q"]) == 0
+        for method in ("minmax", "percentile", "mse", "entropy"):
+            models = []
+            for name in ("merged", "pooled"):
+                module = mmopt.load("m.onnx")
+                pass_ = QuantizeStatic(stats=f"{name}.stats", method=method, logits=True)  # type: ignore[arg-type]
+                assert pass_.run(module, PassContext())
+                models.append(module)
+            tensors = [{name: v.const_value.numpy() for name, v in m.graph.initializers.items()} for m in models]  # type: ignore[union-attr]
+            assert set(tensors[0]) == set(tensors[1])
+            for name, array in tensors[0].items():
+                if array.dtype == np.float32 and "scale" not in name:  # biases, by means summed in another order
+                    np.testing.assert_allclose(array, tensors[1][name], rtol=1e-6, atol=1e-7)
+                else:
+                    np.testing.assert_array_equal(array, tensors[1][name])

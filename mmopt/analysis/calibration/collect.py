@@ -20,6 +20,9 @@ from mmopt.ir.module import Module
 GIVEN, RANDOM = "given", "random"
 """Where samples come from: from the user, or made up (which is said wherever the result is used)."""
 
+MADE_UP = "the calibration samples were made up: accuracy is left to chance"
+"""What console, report and manifest say then; as a remark from ``calibration``."""
+
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.DOUBLE)
 _CONVOLUTIONS = ("Conv", "ConvTranspose")
 _PRODUCTS = ("MatMul", "Gemm")

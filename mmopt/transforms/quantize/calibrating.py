@@ -5,9 +5,9 @@ from __future__ import annotations
 import pathlib
 from collections.abc import Iterable
 
-from mmopt.analysis.calibration import Calibration, collect, load
+from mmopt.analysis.calibration import MADE_UP, RANDOM, Calibration, collect, load
 from mmopt.errors import UserError
-from mmopt.ir.module import Module
+from mmopt.ir.module import Module, Remark
 from mmopt.pipeline.base import Pass, PassContext
 
 
@@ -20,7 +20,10 @@ def calibration_of(
         UserError: There is nothing to calibrate on.
     """
     if stats:
-        return load(pathlib.Path(stats))
+        loaded = load(pathlib.Path(stats))
+        if loaded.source == RANDOM:
+            context.remarks.append(Remark("calibration", "note", "", MADE_UP))
+        return loaded
     if context.inputs is None:
         raise UserError(
             "there is nothing to calibrate on",
