@@ -46,6 +46,7 @@ def _describe(module: Module) -> Space:
     for value in graph.outputs:
         space.freeze_all(space.of(value), f"the output {value.name!r} shows it")
     follow_sizes(graph, space)
+    space.close()
     return space
 
 

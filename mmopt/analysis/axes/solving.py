@@ -109,7 +109,7 @@ class Solution:
             self.elements.freeze(labels[position], reason)
 
     def _freeze_blocks(self, product: Product) -> None:
-        """Freeze coordinates of a factor that some part of the whole lies in altogether, so that nothing would be left."""
+        """Freeze coordinates of a factor that some part of the whole lies in: nothing of that part would be left."""
         space = self._space
         sizes = [space.extent(part) or 1 for part in product.parts]
         for part in space.parts:
@@ -171,7 +171,8 @@ def _join_equal(space: Space) -> None:
 
 
 def _join(space: Space, pairs: Iterable[tuple[int, int]]) -> bool:
+    """Join axes in pairs; whether any were apart. Axes of one position stay apart for good."""
     apart = [(a, b) for a, b in pairs if space.find(a) != space.find(b)]
     for a, b in apart:
         space.same(a, b)
-    return bool(apart)
+    return any(space.find(a) == space.find(b) for a, b in apart)

@@ -19,6 +19,7 @@ from mmopt.analysis.shapes import ShapeFacts
 
 _UNIFORM_LIMIT = 1 << 20
 _VARIES = "its size is not fixed"
+_MERGED = "it is merged with an axis whose size is not fixed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Space:
         self.counts: list[tuple[int, ir.Node, str]] = []
         self.kinds: list[tuple[int, str]] = []
         self.frozen: list[tuple[int, tuple[int, ...] | None, str]] = []
+        self.factors: dict[int, tuple[int, ...]] = {}
         self._parent: list[int] = []
         self._sizes: list[Size | None] = []
         self._axes: dict[tuple[ir.Value, ir.Node | None], list[int] | None] = {}
@@ -106,6 +108,10 @@ class Space:
     def size(self, axis: int) -> Size | None:
         """How many positions there are."""
         return self._sizes[self.find(axis)]
+
+    def own_size(self, axis: int) -> Size | None:
+        """How many positions an axis of one tensor has in the terms of its own shape."""
+        return self._sizes[axis]
 
     def extent(self, axis: int) -> int | None:
         """How many positions there are, where that is a fixed number."""
@@ -159,8 +165,50 @@ class Space:
             self.freeze(b, "two shapes disagree on its size")
             return
         self._parent[b] = a
+        self._same_factors(a, b)
         if not isinstance(sizes[0], int) and isinstance(sizes[1], int):
             self._sizes[a] = sizes[1]
+
+    def _same_factors(self, left: int, right: int) -> None:
+        """Factors of an axis of varying size that is joined with another."""
+        factors = [self.factors.get(left), self.factors.pop(right, None)]
+        if factors[0] is None or factors[1] is None:
+            known = factors[0] or factors[1]
+            if known is not None:
+                self.factors[left] = known
+        elif [self.size(a) for a in factors[0]] == [self.size(a) for a in factors[1]]:
+            self.same_all(factors[0], factors[1])
+        else:
+            self.freeze_all((*factors[0], *factors[1]), _MERGED)
+
+    def factors_of(self, axis: int) -> tuple[int, ...]:
+        """What an axis of varying size was merged from; the axis itself where that is not known."""
+        return self.factors.get(self.find(axis), (axis,))
+
+    def merge(self, whole: int, parts: Sequence[int]) -> None:
+        """Axis ``whole`` is the row-major product of ``parts``, some of varying size, and is only ever cut apart again.
+
+        Anything else that an operator does with it freezes its parts, see :meth:`close`.
+        """
+        root = self.find(whole)
+        if root not in self.factors:
+            self.factors[root] = tuple(parts)
+        elif [self.size(a) for a in self.factors[root]] == [self.size(a) for a in parts]:
+            self.same_all(self.factors[root], parts)
+        else:
+            self.freeze_all((*parts, *self.factors[root]), _MERGED)
+
+    def close(self) -> None:
+        """Freeze what was merged into axes of varying size that operators do more with than to pass them on."""
+        reasons = {self.find(axis): reason for axis, _, reason in self.frozen if reason != _VARIES}
+        for product in self.products:
+            reasons.update(dict.fromkeys(map(self.find, (product.whole, *product.parts)), _MERGED))
+        for part in self.parts:
+            reasons.update(dict.fromkeys(map(self.find, (part.whole, part.piece)), _MERGED))
+        reasons.update({self.find(axis): _MERGED for axis, _ in self.readings})
+        for whole, parts in self.factors.items():
+            if whole in reasons:
+                self.freeze_all(parts, reasons[whole])
 
     def same_all(self, left: Sequence[int], right: Sequence[int]) -> None:
         """Axes are equal in pairs."""
@@ -181,7 +229,7 @@ class Space:
             self.products.append(Product(whole, real))
         else:
             for axis in (whole, *real):
-                self.freeze(axis, "it is merged with an axis whose size is not fixed")
+                self.freeze(axis, _MERGED)
 
     def part(self, whole: int, indices: Iterable[int], piece: int) -> None:
         """Positions ``indices`` of ``whole`` are the positions of ``piece``."""

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from mmopt.analysis.axes.rules.selection import pad_amounts, slice_bounds
 from mmopt.analysis.axes.sizes import Origins
 from mmopt.analysis.axes.space import Space
+from mmopt.analysis.dims import Size
 from mmopt.analysis.shape_rules import ONNX_DOMAINS
 from mmopt.errors import PassError
 from mmopt.transforms.canonicalize.editing import new_node
@@ -35,56 +36,48 @@ class Resizer:
 
     def resize(self, node: ir.Node) -> None:
         """Rewrite one operator if it needs to be."""
-        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
         rule = _RULES.get(node.op_type) if node.domain in ONNX_DOMAINS else None
-        if rule is not None and any(self._cut.touches(value) for value in values):
+        if rule is None:
+            return
+        values = [v for v in (*node.inputs, *node.outputs) if v is not None]
+        if any(self._cut.touches(value) or self._follows(value) for value in values):
             rule(self, node)
 
     # -- shapes given as targets -----------------------------------------------------------------------------------
 
     def target(self, node: ir.Node, operand: int) -> None:
-        """The operand lists the sizes of the result."""
-        if operand >= len(node.inputs) or node.inputs[operand] is None:
+        """The operand lists the sizes of the result: those that are fixed are written down anew."""
+        old = node.inputs[operand] if operand < len(node.inputs) else None
+        if old is None or not (self._changed(node.outputs[0]) or self._follows(old)):
             return
-        less = [len(self._cut.removed(node.outputs[0], axis)) for axis in range(self._rank(node.outputs[0]))]
-        change = [self._change(node, operand, axis, count) for axis, count in enumerate(less)]
-        if not any(change):
-            return
-        old = node.inputs[operand]
-        numbers = self._space.integers(node, operand)
+        sizes = [self._space.extent(axis) for axis in self._space.of(node.outputs[0])]
+        elements = self._space.facts.elements(old) or (None,) * len(sizes)
+        new = [self._element(node, axis, size, elements[axis]) for axis, size in enumerate(sizes)]
         name = f"{node.name or node.op_type}_sizes"
-        if numbers is not None and old is not None and not self._follows(old):
-            new = self._constants.integers([n + d for n, d in zip(numbers, change, strict=True)], name)
-        else:
-            new = new_node("Add", [old, self._constants.integers(change, name)], node, self._constants.names).outputs[0]
-        self._constants.give(node, operand, new)
+        varying = [axis for axis, number in enumerate(new) if number is None]
+        if len(varying) == 1 and node.op_type == "Reshape" and -1 not in new:
+            new[varying.pop()] = -1
+        value = self._constants.integers([0 if number is None else number for number in new], name)
+        if varying:
+            fixed = self._constants.add(np.array([number is not None for number in new]), f"{name}_fixed")
+            value = new_node("Where", [fixed, value, old], node, self._constants.names).outputs[0]
+        self._constants.give(node, operand, value)
 
-    def _change(self, node: ir.Node, operand: int, axis: int, less: int) -> int:
-        """What has to be added to an element of a target, beyond what it follows by itself."""
-        value = node.inputs[operand]
-        if value is None:
-            return 0
-        elements = self._space.facts.elements(value)
-        element = elements[axis] if elements is not None and axis < len(elements) else None
-        if node.op_type == "Reshape" and element == -1:
-            return 0
-        if node.op_type == "Reshape" and element == 0 and not node.attributes.get_int("allowzero", 0):
-            source = node.inputs[0]
-            by_itself = len(self._cut.removed(source, axis))
-            size = self._space.extent(self._space.of(node.outputs[0])[axis])
-            return 0 if by_itself == less else (size or 0) - less
-        if node.op_type == "Expand" and element == 1:
-            return 0
-        origin = (self._origins.get(value) or [None] * (axis + 1))[axis]
-        followed = 0 if origin is None else len(self._cut.removed(origin.value, origin.axis))
-        if less != followed and element is None and origin is None:
-            raise PassError("the target is computed", where=f"{node.op_type} {node.name!r}")
-        return followed - less
+    def _element(self, node: ir.Node, axis: int, size: int | None, element: Size | None) -> int | None:
+        """A size in a target; ``None`` for what is known at run time only."""
+        if (node.op_type == "Reshape" and element == -1) or (node.op_type == "Expand" and element == 1):
+            return int(element) if isinstance(element, int) else None
+        if size is not None:
+            return size - len(self._cut.removed(node.outputs[0], axis))
+        return 0 if element == 0 else None
+
+    def _changed(self, value: ir.Value) -> bool:
+        return self._cut.touches(value)
 
     def _follows(self, value: ir.Value) -> bool:
         """Whether sizes of tensors that are cut go into a target."""
         found = self._origins.get(value) or []
-        return any(o is not None and self._cut.removed(o.value, o.axis) for o in found)
+        return any(self._cut.removed(origin, axis) for pairs in found for origin, axis in pairs)
 
     def _rank(self, value: ir.Value) -> int:
         return len(self._space.of(value))

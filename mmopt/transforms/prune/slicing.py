@@ -8,7 +8,7 @@ import onnx_ir as ir
 
 from mmopt.analysis.axes import Group
 from mmopt.analysis.axes.find import node_name
-from mmopt.analysis.axes.sizes import origins
+from mmopt.analysis.axes.sizes import origins_of
 from mmopt.analysis.axes.space import Space
 from mmopt.analysis.shapes import annotate, infer_shapes
 from mmopt.ir.module import Module
@@ -38,7 +38,7 @@ def slice_units(module: Module, groups: Iterable[Group], keep: Keep) -> bool:
         return False
     space = Space(infer_shapes(module.model))
     constants = Constants(module)
-    resizer = Resizer(cut, space, constants, origins(module.graph, space))
+    resizer = Resizer(cut, space, constants, origins_of(module.graph, space))
     _count_anew(module, cut, space)
     for node in list(module.graph):
         resizer.resize(node)

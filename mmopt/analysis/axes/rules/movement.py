@@ -24,11 +24,18 @@ def transpose(node: ir.Node, space: Space) -> None:
 def reshape(node: ir.Node, space: Space) -> None:
     """Runs of axes with equal products are the same positions, cut differently."""
     x, y = space.operand(node, 0), space.of(node.outputs[0])
-    regroup(x, y, space)
+    regroup([factor for axis in x for factor in space.factors_of(axis)], y, space, _inferred(node, space))
 
 
-def regroup(x: Sequence[int], y: Sequence[int], space: Space) -> None:
+def _inferred(node: ir.Node, space: Space) -> int | None:
+    """The axis of the result whose size follows from the others."""
+    elements = space.facts.elements(node.inputs[1]) if node.op_type == "Reshape" and node.inputs[1] else None
+    return elements.index(-1) if elements is not None and -1 in elements else None
+
+
+def regroup(x: Sequence[int], y: Sequence[int], space: Space, inferred: int | None = None) -> None:
     """Match the axes of a tensor with those of the same elements in another shape."""
+    free = space.find(y[inferred]) if inferred is not None else None
     left = [a for a in x if space.size(a) != 1]
     right = [a for a in y if space.size(a) != 1]
     while left or right:
@@ -36,13 +43,16 @@ def regroup(x: Sequence[int], y: Sequence[int], space: Space) -> None:
         if not a or not b:
             space.freeze_all((*left, *right), "a Reshape cuts it in a way that depends on sizes that are not fixed")
             return
-        _join(left[:a], right[:b], space)
+        if b == 1 < a and space.find(right[0]) == free and space.extent(right[0]) is None:
+            space.merge(right[0], left[:a])
+        else:
+            _join(left[:a], right[:b], space)
         left, right = left[a:], right[b:]
 
 
 def _shortest_runs(left: Sequence[int], right: Sequence[int], space: Space) -> tuple[int, int]:
     """Lengths of the shortest runs at the front whose sizes have equal products; 0 where there are none."""
-    sizes = [[space.size(axis) for axis in side] for side in (left, right)]
+    sizes = [[space.own_size(axis) for axis in side] for side in (left, right)]
     products: list[dict[object, int]] = [{}, {}]
     for side, products_of_side in zip(sizes, products, strict=True):
         total: object = 1
