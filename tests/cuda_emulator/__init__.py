@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
-from mmopt.backends.cuda.pipeline import Generated, generate
+from mmopt.backends.cuda.pipeline import Generated, generate, with_device_code
 from mmopt.backends.profile import Profile, load_profile
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions
@@ -38,7 +38,7 @@ def host_source(source: str) -> str:
     if not kernels:
         return f'#include "{HEADER}"\n'
     # Behind the bodies of one kernel comes the declaration of none: TVM declares all of them first.
-    body = source[source.index('extern "C" __global__') :]
+    body = with_device_code(source)[source.index('extern "C" __global__') :]
     body = body.replace("__shared__ alignas(64)", "alignas(64) static")
     wrappers = []
     for number, kernel in enumerate(kernels):

@@ -322,3 +322,84 @@ inline T argument(const Argument& given) {
   else if constexpr (std::is_floating_point_v<T>) return static_cast<T>(given.real);
   else return static_cast<T>(given.integer);
 }
+
+// ---- tensor cores: what products.cuh expects of the hardware -------------------------------------------------------
+
+inline void mmopt_load_matrices(unsigned (&r)[4], const void* row) {
+  using emulator::slot;
+  const int lane = emulator::state.running % emulator::kWarp;
+  slot<const void*>(lane) = row;
+  emulator::wait_warp();
+  for (int m = 0; m < 4; ++m)
+    std::memcpy(&r[m], static_cast<const char*>(slot<const void*>(m * 8 + lane / 4)) + lane % 4 * 4, 4);
+  emulator::wait_warp();
+}
+
+inline void mmopt_copy(void* shared, const void* global) {
+  if (reinterpret_cast<uintptr_t>(global) % 16 || reinterpret_cast<uintptr_t>(shared) % 16) {
+    std::fprintf(stderr, "emulator: a copy of 16 bytes that is not aligned\n");
+    std::abort();
+  }
+  std::memcpy(shared, global, 16);
+}
+inline void mmopt_commit() {}
+template <int Left>
+inline void mmopt_wait() {}
+
+namespace emulator {
+
+struct Fragments {
+  unsigned a[4], b[2];
+};
+
+// d += A B, where A is 16 rows and B 8 columns of 32 bytes: rows (and columns) lie in groups of four lanes.
+template <typename Element, typename Sum, typename Widen, typename Right = Element>
+void multiply(Sum* d, const unsigned* a, const unsigned* b, Widen widen) {
+  constexpr int per = 4 / sizeof(Element);
+  const int lane = state.running % kWarp;
+  Fragments own;
+  std::memcpy(own.a, a, sizeof own.a);
+  std::memcpy(own.b, b, sizeof own.b);
+  slot<Fragments>(lane) = own;
+  wait_warp();
+  for (int e = 0; e < 4; ++e) {
+    const int row = lane / 4 + e / 2 * 8, column = lane % 4 * 2 + e % 2;
+    Sum total = d[e];
+    for (int half = 0; half < 2; ++half)
+      for (int quad = 0; quad < 4; ++quad) {
+        Element x[per];
+        Right y[per];
+        std::memcpy(x, &slot<Fragments>(row % 8 * 4 + quad).a[half * 2 + row / 8], 4);
+        std::memcpy(y, &slot<Fragments>(column * 4 + quad).b[half], 4);
+        for (int n = 0; n < per; ++n) total += widen(x[n]) * widen(y[n]);
+      }
+    d[e] = total;
+  }
+  wait_warp();
+}
+
+inline float truncated(unsigned bits) { return __int_as_float(static_cast<int>(bits & 0xffffe000u)); }
+
+}  // namespace emulator
+
+inline void mmopt_mma_f16(float* d, const unsigned* a, const unsigned* b) {
+  emulator::multiply<_Float16>(d, a, b, [](_Float16 v) { return static_cast<float>(v); });
+}
+inline void mmopt_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
+  emulator::multiply<nv_bfloat16>(d, a, b, [](nv_bfloat16 v) { return static_cast<float>(v); });
+}
+inline void mmopt_mma_tf32(float* d, const unsigned* a, const unsigned* b) {
+  emulator::multiply<unsigned>(d, a, b, [](unsigned v) { return emulator::truncated(v); });
+}
+inline void mmopt_mma_s8(int* d, const unsigned* a, const unsigned* b) {
+  emulator::multiply<int8_t>(d, a, b, [](int8_t v) { return static_cast<int>(v); });
+}
+inline void mmopt_mma_u8(int* d, const unsigned* a, const unsigned* b) {
+  auto widen = [](auto v) { return static_cast<int>(v); };
+  emulator::multiply<uint8_t, int, decltype(widen), int8_t>(d, a, b, widen);
+}
+inline unsigned mmopt_to_tf32(float x) {
+  unsigned u;
+  std::memcpy(&u, &x, 4);
+  return (u + 0x1000u) & 0xffffe000u;
+}

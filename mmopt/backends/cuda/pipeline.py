@@ -29,6 +29,9 @@ from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
 
 _CPU, _CUDA = 1, 2  # DLPack's kinds of devices
+_FIRST_KERNEL = 'extern "C" __global__'
+DEVICE_CODE = pathlib.Path(__file__).parent / "kernels" / "products.cuh"
+"""Functions that templates call."""
 _PLACEHOLDER = b"mmopt: machine code goes here"
 
 
@@ -125,6 +128,14 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
     return Generated(executable, sources[0] if sources else "", joined.workspace)
 
 
+def with_device_code(source: str) -> str:
+    """Generated ``source`` with the functions it calls in front of its kernels."""
+    if "mmopt_" not in source:
+        return source
+    start = source.index(_FIRST_KERNEL)
+    return source[:start] + DEVICE_CODE.read_text(encoding="utf-8") + source[start:]
+
+
 @contextlib.contextmanager
 def _source_only() -> Iterator[None]:
     """Where TVM's CUDA runtime is loaded it would compile the text at once, for the GPU it finds; not inside this."""
@@ -159,13 +170,13 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
         BackendError: Code generation, compiling or linking failed.
     """
     made = generate(module, profile, kernels)
-    image = fat_binary([compile_source(made.source, profile.sm)]) if made.source else b""
+    image = fat_binary([compiled_kernels(made, profile.sm)]) if made.source else b""
     return link(made, image, profile), made.workspace
 
 
 def compiled_kernels(generated: Generated, sm: int) -> Compiled:
     """Machine code of generated kernels, with what they take."""
-    return compile_source(generated.source, sm)
+    return compile_source(with_device_code(generated.source), sm)
 
 
 def link(generated: Generated, image: bytes, profile: Profile) -> bytes:

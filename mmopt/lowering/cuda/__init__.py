@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmopt.backends.cpu.kernels.attention import Rules
 from mmopt.backends.profile import Profile
+from mmopt.lowering.cuda.products import tensor_product
 from mmopt.lowering.ops.conv import Geometry, generic_convolution
 from mmopt.lowering.ops.matmul import plain_product
 from mmopt.lowering.registry import OpNode
@@ -17,8 +18,8 @@ class CudaTemplates:
         self.profile = profile
 
     def product(self, node: OpNode, a: Value, b: Value) -> Value:
-        """``a @ b``."""
-        return plain_product(node, a, b)
+        """``a @ b``: on tensor cores where they have the type, else by ordinary threads."""
+        return tensor_product(node, a, b) or plain_product(node, a, b)
 
     def convolution(self, node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
         """A convolution."""

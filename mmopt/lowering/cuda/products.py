@@ -1,0 +1,156 @@
+"""Products on tensor cores: which operands, in which numbers, and how they lie in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from tvm.ir import Expr
+
+from mmopt.backends.compute import Map, Tensor, index
+from mmopt.backends.cpu.choosing import dim
+from mmopt.backends.cpu.loops import i64, product, static
+from mmopt.backends.cuda.kernels.operand import CHUNK, Operand
+from mmopt.backends.cuda.kernels.product import OLDEST, TensorProduct, choose_tile
+from mmopt.backends.expressions import itemsize, simplify
+from mmopt.lowering.ops.elementwise import broadcast_shape
+from mmopt.lowering.registry import OpNode
+from mmopt.lowering.values import Quantized, Value
+
+_INTEGERS = ("int8", "uint8")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pair:
+    """Operands in the numbers that they are multiplied in."""
+
+    a: Value
+    b: Value
+
+    def fits(self, sm: int) -> bool:
+        """Whether tensor cores of ``sm`` multiply them."""
+        alike = self.a.dtype == self.b.dtype or (self.a.dtype in _INTEGERS and self.b.dtype == "int8")
+        empty = any(static(d) == 0 for d in (*self.a.shape, *self.b.shape))
+        return alike and not empty and sm >= OLDEST.get(self.a.dtype, 1000)
+
+
+def tensor_product(node: OpNode, a: Value, b: Value) -> Value | None:
+    """``a @ b`` on tensor cores.
+
+    Args:
+        node: The node being lowered.
+        a: ``[..., M, K]``.
+        b: ``[..., K, N]``.
+
+    Returns:
+        ``[..., M, N]`` of the operands' type; ``None`` when tensor cores do not have it.
+    """
+    sm = node.context.program.profile.sm
+    quantized = a.quantized, b.quantized
+    if quantized[0] is not None and quantized[1] is not None:
+        made = _quantized(node, quantized[0], quantized[1], sm)
+        if made is not None:
+            return made
+    pair = _Pair(a, b)
+    if a.narrow is not None and b.narrow is not None and _Pair(a.narrow, b.narrow).fits(sm):
+        pair = _Pair(a.narrow, b.narrow)
+    if not pair.fits(sm) or pair.a.dtype in _INTEGERS:
+        return None
+    total = _total(node, pair.a, pair.b)
+    if a.dtype == "float32":
+        return Value(total, name=node.name)
+    return Value(Map(total.shape, a.dtype, lambda *at: total[at].astype(a.dtype), "narrow"), name=node.name)
+
+
+def _total(node: OpNode, a: Value, b: Value) -> Tensor:
+    """Sums of products, in float32 or int32."""
+    context = node.context
+    flat = b.ndim == 2 and _in_memory(node, a)
+    rows = simplify(product(a.shape[:-1])) if flat else a.shape[-2]
+    batch = () if flat else broadcast_shape([a.shape[:-2], b.shape[:-2]])
+    left = _operand(node, context.reshape(a, (rows, a.shape[-1])) if flat else a, batch)
+    right = _packed(node, b) if b.constant is not None and b.ndim == 2 else _turned(_operand(node, b, batch))
+    sizes = rows, b.shape[-1], a.shape[-1]
+    multiprocessors = context.program.profile.cores
+    tile = choose_tile(dim(rows), dim(b.shape[-1]), dim(simplify(product(batch))), multiprocessors, a.dtype)
+    shape = a.shape[:-1] if flat else None
+    return TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=shape).output
+
+
+def _in_memory(node: OpNode, a: Value) -> bool:
+    """Whether ``a`` is stored, or has to be before it can be multiplied."""
+    return not a.pending or Operand.of(node.context.tensor(a)) is None
+
+
+def _operand(node: OpNode, value: Value, batch: tuple[Expr, ...]) -> Operand:
+    """``value`` where it is, or stored first when it is still a computation."""
+    found = Operand.of(node.context.tensor(value))
+    if found is None:
+        node.context.realize([value], "operand")
+        found = Operand.of(node.context.dense(value))
+    assert found is not None
+    missing = len(batch) + 2 - value.ndim
+    steps = list(found.strides)
+    for axis in range(value.ndim - 2):
+        if static(value.shape[axis]) == 1 and static(batch[axis + missing]) != 1:
+            steps[axis] = i64(0)
+    return dataclasses.replace(found, strides=tuple(steps))
+
+
+def _turned(operand: Operand) -> Operand:
+    """``[..., K, N]`` with the summed axis last."""
+    *outer, k, n = operand.strides
+    return dataclasses.replace(operand, strides=(*outer, n, k))
+
+
+def _packed(node: OpNode, b: Value) -> Operand:
+    """A constant ``[K, N]`` as ``[N, K]``, with zeros behind each row up to whole chunks."""
+    assert b.constant is not None
+    each = CHUNK // itemsize(b.dtype)
+
+    def pack(weight: np.ndarray) -> np.ndarray:
+        rows = np.zeros((weight.shape[1], -(-weight.shape[0] // each) * each), weight.dtype)
+        rows[:, : weight.shape[0]] = weight.T
+        return rows
+
+    found = Operand.of(node.context.program.packed(b, ("rows", each), pack))
+    assert found is not None
+    return found
+
+
+# -- integers ----------------------------------------------------------------------------------------------------
+
+
+def _quantized(node: OpNode, a: Quantized, b: Quantized, sm: int) -> Value | None:
+    """``(a - za) sa @ (b - zb) sb`` with the sum in integers, exactly, for constant weights.
+
+    Σ (a − za)(b − zb) = Σ a·b − za · Σb − zb · Σa + K·za·zb; weights with zero points are left to floats.
+    """
+    pair = _Pair(a.value, b.value)
+    weight, scale = b.value.constant, b.scale.constant
+    if not pair.fits(sm) or weight is None or weight.ndim != 2 or scale is None or a.value.bits or b.value.bits:
+        return None
+    if not a.single or b.block or not (b.single or b.axis == 1) or not _no_zero(b.zero):
+        return None
+    total = _total(node, a.value, b.value)
+    columns = weight.shape[1]
+    sums = Value(constant=weight.astype(np.int32).sum(axis=0, dtype=np.int32), name=f"{b.value.name}.sums")
+    factors = Value(constant=np.broadcast_to(scale.reshape(-1), (columns,)).copy(), name=f"{b.value.name}.scales")
+    a_zero = None if _no_zero(a.zero) else a.zero
+
+    def body(*at: Expr) -> Expr:
+        value = total[at]
+        if a_zero is not None:
+            value = value - _single(a_zero).astype("int32") * sums.tensor[at[-1]]
+        return value.astype("float32") * (_single(a.scale) * factors.tensor[at[-1]])
+
+    return Value(Map(total.shape, "float32", body, "scaled"), name=node.name)
+
+
+def _no_zero(zero: Value | None) -> bool:
+    return zero is None or (zero.constant is not None and not np.any(zero.constant))
+
+
+def _single(value: Value) -> Expr:
+    """The one element of ``value``."""
+    return value.tensor[tuple(index(0) for _ in value.shape)]
