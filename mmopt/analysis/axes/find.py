@@ -269,7 +269,7 @@ class _Finder:
 
     def _counts(self, positions: dict[int, Positions]) -> tuple[Count, ...]:
         return tuple(
-            Count(_output_name(node), attribute, tuple(len(p) for p in positions[self._space.find(axis)]))
+            Count(_output_name(node), attribute, positions[self._space.find(axis)])
             for axis, node, attribute in self._space.counts
             if self._space.find(axis) in positions
         )

@@ -93,12 +93,12 @@ class Count:
     Attributes:
         output: Name of the operator's first output.
         attribute: Name of the attribute: ``group``, ``hidden_size``, ``q_num_heads``, …
-        counted: How many of what is counted belong to each unit, unit by unit.
+        positions: Which of the things counted belong to each unit, unit by unit.
     """
 
     output: str
     attribute: str
-    counted: tuple[int, ...]
+    positions: Positions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable
 
 import onnx_ir as ir
@@ -85,17 +86,18 @@ def _copy(value: ir.Value, axes: Axes, constants: Constants) -> ir.Value:
 
 def _count_anew(module: Module, cut: Cut, space: Space) -> None:
     """Attributes that count what the units are made of."""
-    nodes = {str(output.name): node for node in module.graph for output in node.outputs[:1]}
+    less: dict[tuple[str, str], set[int]] = collections.defaultdict(set)
     for group, gone in cut.groups:
         for count in group.counts:
-            node = nodes[count.output]
-            if count.attribute == "scale":
-                _spell_scale(node, space)
-                continue
-            less = sum(count.counted[unit] for unit in gone)
-            number = node.attributes.get_int(count.attribute, 0)
-            if number:
-                node.attributes[count.attribute] = ir.AttrInt64(count.attribute, number - less)
+            less[count.output, count.attribute].update(p for unit in gone for p in count.positions[unit])
+    nodes = {str(output.name): node for node in module.graph for output in node.outputs[:1]}
+    for (output, attribute), positions in less.items():
+        node = nodes[output]
+        number = node.attributes.get_int(attribute, 0) if attribute != "scale" else 0
+        if attribute == "scale":
+            _spell_scale(node, space)
+        elif number:
+            node.attributes[attribute] = ir.AttrInt64(attribute, number - len(positions))
 
 
 def _spell_scale(node: ir.Node, space: Space) -> None:
