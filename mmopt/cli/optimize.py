@@ -55,8 +55,9 @@ def optimize(
     quant: Annotated[
         str | None,
         typer.Option(
-            metavar="full|hierarchical|mixed[=SHARE]",
-            help="Quantize layer by layer; SHARE: bytes of weights that mixed may keep, of those in fp32.",
+            metavar="full|hierarchical|mixed[=SHARE|Nbits|metrics]",
+            help="Quantize layer by layer; SHARE: bytes of weights that mixed may keep, of those in fp32; "
+            "metrics: as small as --metrics allow.",
         ),
     ] = None,
     prune: Annotated[

@@ -473,12 +473,15 @@ def quantization(quant: str | None) -> list[str]:
         raise UserError(f"there is no preset {preset!r}", where="--quant", hint=did_you_mean(preset, presets))
     if not given:
         return [f"{Quantize.name}{{preset={preset}}}"]
+    if quant == "mixed=metrics":
+        return [f"{Quantize.name}{{preset=mixed,by_metrics=true}}"]
     try:
-        budget = float(share)
+        budget = float(share.removesuffix("bits")) / (32 if share.endswith("bits") else 1)
     except ValueError:
         budget = math.nan
     if preset != "mixed" or not 0 < budget <= 1:
-        raise UserError(f"{quant!r} gives no budget", where="--quant", hint="for example --quant mixed=0.2")
+        hint = "for example --quant mixed=0.2, mixed=5bits or mixed=metrics"
+        raise UserError(f"{quant!r} gives no budget", where="--quant", hint=hint)
     return [f"{Quantize.name}{{preset=mixed,budget={budget:g}}}"]
 
 

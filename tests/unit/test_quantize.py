@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,10 @@ from hypothesis.extra import numpy as npst
 import mmopt
 from mmopt.analysis.calibration import MADE_UP, collect, save
 from mmopt.cli import main
+from mmopt.cli.optimizing import quantization
 from mmopt.errors import UserError
+from mmopt.evaluation import Evaluation, load_evaluation
+from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module
 from mmopt.ir.verify import verify
 from mmopt.pipeline.base import Pass, PassContext
@@ -33,7 +37,7 @@ from mmopt.transforms.quantize.assignment import SCHEMES
 from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_error
 from mmopt.transforms.quantize.gptq import gptq, output_error
 from mmopt.transforms.quantize.layers import layers
-from mmopt.transforms.quantize.quantize import by_place
+from mmopt.transforms.quantize.quantize import by_place, steps_upwards, within
 from mmopt.transforms.quantize.sensitivity import measure
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
@@ -648,14 +652,76 @@ class TestPresets:
         ranked = [size for _, size in found.ranked("w4")]
         assert ranked == sorted(ranked, reverse=True)
 
+    def evaluation(self, *limits: str) -> tuple[Evaluation, list[float]]:
+        """Judges by how far a third of the outputs is off; and the shares of its data that it was asked for."""
+        told: list[float] = []
+        inputs = [{"h0": one} for one in feeds(3, count=8)]
+        wanted = [evaluate(self.deep(), one)["y"][:, :8] for one in inputs]
+
+        def closeness(run: Any, share: float = 1.0) -> dict[str, float]:
+            told.append(share)
+            count = max(1, round(share * len(inputs)))
+            gaps = [np.abs(run(x)["y"][:, :8] - y).mean() for x, y in zip(inputs[:count], wanted, strict=False)]
+            return {"closeness": 1 - float(np.mean(gaps))}
+
+        return load_evaluation(closeness, limits).against(self.deep()), told
+
+    def test_sensitivity_by_the_task_comes_on_top(self) -> None:
+        module, data = self.deep(), {"h0": feeds(count=40)}
+        evaluation, told = self.evaluation("closeness=-0.01")
+        told.clear()
+        found = list(layers(module))[:4]
+        plain = measure(module, found, ["w4"], data, None)
+        judged = measure(module, found, ["w4"], data, None, evaluation=evaluation)
+        assert set(told) == {0.03}
+        assert len(told) == 5
+        assert judged.evaluations == pytest.approx(0.15)
+        assert plain.evaluations == 0
+        changed = self.deep()
+        QuantizeWeights(bits=4, block=32, include=("MatMul_2",)).run(changed, PassContext())
+        with ReferenceRunner() as runner:
+            metrics = evaluation.measure(runner.prepare(changed), share=0.03)
+        expected = plain.of("MatMul_2", "w4") + (1 - metrics["closeness"]) / 0.01
+        assert judged.of("MatMul_2", "w4") == pytest.approx(expected, rel=1e-4)
+
+    def test_mixed_is_as_small_as_metrics_allow(self) -> None:
+        sizes = []
+        for limit in ("0.05", "0.01", "0.002"):
+            evaluation, _ = self.evaluation(f"closeness=-{limit}")
+            module, context = self.deep(), self.context()
+            context.evaluation = evaluation
+            assert Quantize(preset="mixed", by_metrics=True).run(module, context)
+            assert evaluation.judge_module(module).missed == []
+            assert any("chosen by the metrics of" in remark.message for remark in context.remarks)
+            sizes.append(self.size(module))
+        assert sizes[0] < sizes[1] < sizes[2] < 1
+
+    def test_metrics_need_limits(self) -> None:
+        with pytest.raises(UserError, match="no limits of metrics"):
+            Quantize(preset="mixed", by_metrics=True).run(self.deep(), self.context())
+
+    def test_steps_upwards_are_those_of_budgets(self) -> None:
+        module, data = self.deep(), {"h0": feeds(count=40)}
+        found = list(layers(module))
+        schemes = ("w4", "w8", "fp32")
+        sensitivity = measure(module, found, schemes, data, None)
+        steps = list(steps_upwards(found, schemes, sensitivity))
+        assert set(steps[0].values()) == {"w4"}
+        assert set(steps[-1].values()) == {"fp32"}
+        for number in (0, 5, 14, len(steps) - 1):
+            share = sum(SCHEMES[name].bits for name in steps[number].values()) / (32 * len(found))
+            assert within(found, schemes, sensitivity, share + 1e-9) == steps[number]
+
     def test_command(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert quantization("mixed=5bits") == ["quantize{preset=mixed,budget=0.15625}"]
+        assert quantization("mixed=metrics") == ["quantize{preset=mixed,by_metrics=true}"]
         ir.save(mlp().model, tmp_path / "m.onnx")
         np.savez(tmp_path / "x.npz", x=feeds(count=8))
         arguments = ["optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "a.onnx"), "--emit", "onnx"]
         calib = ["--calib", str(tmp_path / "x.npz")]
-        for wrong in ("fulll", "mixed=2", "full=0.5", "mixed=x"):
+        for wrong in ("fulll", "mixed=2", "full=0.5", "mixed=x", "full=4bits", "mixed=33bits", "mixed=metrics"):
             assert main.run([*arguments, *calib, "--quant", wrong]) == 2
-            assert "--quant" in capsys.readouterr().err
+            assert ("--eval" if wrong == "mixed=metrics" else "--quant") in capsys.readouterr().err
         assert main.run([*arguments, *calib, "--quant", "mixed=0.2"]) == 0
         assert "mixed: w" in capsys.readouterr().err
         kinds = {value.dtype for value in ir.load(tmp_path / "a.onnx").graph.initializers.values()}
@@ -747,7 +813,7 @@ class TestMerging:
         path = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "spoken_digits.npz"
         if not path.exists():
             pytest.skip("recordings of spoken digits are not here")
-        data = np.load(path)
+        data = dict(np.load(path))
         bounds, size = data["offsets"], cls.FRAMES * cls.BANDS
         parts = []
         for speaker in range(6):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
 
 from mmopt.analysis.calibration import Calibration
@@ -30,6 +31,8 @@ class Quantize(Pass):
             tower and what joins towers in 8 bits, the middle in ``lowest``. ``mixed``: the least error within
             ``budget``.
         budget: For ``mixed``: bytes of the layers' weights, as a share of those in float32.
+        by_metrics: For ``mixed``: as small as the limits of the evaluator's metrics allow (``--eval``, ``--metrics``),
+            instead of a budget.
         lowest: The smallest scheme for ``hierarchical`` and ``mixed``: ``w4``, ``w8`` or ``w8a8``.
         schemes: What ``mixed`` may choose from.
         table: Schemes by pattern of node name (``*fc1*=w4``), which go before the preset's.
@@ -42,6 +45,7 @@ class Quantize(Pass):
 
     preset: Literal["full", "hierarchical", "mixed"] = "full"
     budget: float = 0.25
+    by_metrics: bool = False
     lowest: Literal["w4", "w8", "w8a8"] = "w4"
     schemes: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
     table: tuple[str, ...] = ()
@@ -86,10 +90,33 @@ class Quantize(Pass):
         if len(known) != len(self.schemes) or not known:
             odd = next((name for name in self.schemes if name not in SCHEMES), "")
             raise UserError(f"there is no scheme {odd!r}", where=self.name, hint=f"one of {', '.join(SCHEMES)}")
-        sensitivity = measure(module, found, known, context.inputs, calibration)
+        if self.by_metrics and (context.evaluation is None or not context.evaluation.limits):
+            what = "there are no limits of metrics to go by"
+            raise UserError(what, where=self.name, hint="give --eval module:function and --metrics")
+        sensitivity = measure(module, found, known, context.inputs, calibration, evaluation=context.evaluation)
         for layer, error in sensitivity.ranked("w8a8")[:5]:
             self.remark(context, "note", layer, f"in w8a8 alone it moves the outputs by {error:.2%}")
-        return within(found, known, sensitivity, self.budget)
+        if not self.by_metrics:
+            return within(found, known, sensitivity, self.budget)
+        return self._smallest(module, list(steps_upwards(found, known, sensitivity)), calibration, context)
+
+    def _smallest(
+        self, module: Module, steps: Sequence[Mapping[str, str]], calibration: Calibration, context: PassContext
+    ) -> dict[str, str]:
+        """The first of ``steps``, from the smallest assignment to the closest, that keeps the limits: by bisection."""
+        evaluation = context.evaluation
+        assert evaluation is not None
+        low, high, tried = 0, len(steps) - 1, 0
+        while low < high:
+            middle, tried = (low + high) // 2, tried + 1
+            changed = module.clone()
+            assign(changed, steps[middle], calibration, method=self.method)
+            if evaluation.judge_module(changed, seed=context.seed).missed:
+                low = middle + 1
+            else:
+                high = middle
+        self.remark(context, "note", "", f"chosen by the metrics of {tried} of {len(steps)} assignments")
+        return dict(steps[low])
 
     def _from_table(self, found: Sequence[Layer]) -> dict[str, str]:
         result = {}
@@ -166,6 +193,25 @@ def within(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitiv
         _, best, more = max(gains)
         place[best] += 1
         size += more
+
+
+def steps_upwards(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitivity) -> Iterator[dict[str, str]]:
+    """Assignments from the smallest to the closest, each one step above the one before: that with the most gain."""
+    options = {
+        layer.name: _frontier(layer, [name for name in schemes if SCHEMES[name].fits(layer)], sensitivity)
+        for layer in found
+    }
+    moves = [
+        (_slope(before, after), name, place)
+        for name, steps in options.items()
+        for place, (before, after) in enumerate(itertools.pairwise(steps))
+    ]
+    assignment = {name: steps[0][2] for name, steps in options.items()}
+    yield dict(assignment)
+    # Gains fall from one step of a layer to its next, so that the steps of each come in their order.
+    for _, name, place in sorted(moves, key=lambda move: (-move[0], move[1], move[2])):
+        assignment[name] = options[name][place + 1][2]
+        yield dict(assignment)
 
 
 def _frontier(layer: Layer, schemes: Sequence[str], sensitivity: Sensitivity) -> list[tuple[float, float, str]]:

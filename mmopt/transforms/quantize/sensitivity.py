@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mmopt.analysis.calibration import Calibration
 from mmopt.analysis.calibration.collect import Batches
@@ -14,6 +14,9 @@ from mmopt.ir.module import Module
 from mmopt.transforms.canonicalize.editing import Array
 from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, relative_error
 from mmopt.transforms.quantize.layers import Layer
+
+if TYPE_CHECKING:
+    from mmopt.evaluation import Evaluation
 
 EVALUATIONS = 3.0
 """Runs over all samples, for every hundred layers and scheme, that measuring may cost."""
@@ -24,12 +27,15 @@ class Sensitivity:
     """Errors of the outputs by layer and scheme.
 
     Attributes:
-        errors: Root mean square error of the worst output, of its root mean square, by (layer, scheme).
+        errors: By (layer, scheme): root mean square error of the worst output, of its root mean square; with an
+            evaluator, the part of what the limits of its metrics allow on top.
         samples: Samples each was measured on.
+        evaluations: Runs over all data of the evaluator that it took.
     """
 
     errors: Mapping[tuple[str, str], float]
     samples: int
+    evaluations: float = 0.0
 
     def of(self, layer: str, scheme: str) -> float:
         """The error of a layer under a scheme; 0 in float."""
@@ -48,6 +54,7 @@ def measure(
     samples: Mapping[str, Array],
     calibration: Calibration | None,
     *,
+    evaluation: Evaluation | None = None,
     threads: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Sensitivity:
@@ -60,6 +67,8 @@ def measure(
         samples: Arrays by input name with a leading axis of samples. Each layer is measured on so many of them that a
             hundred layers cost about :data:`EVALUATIONS` runs over all.
         calibration: Statistics of the module.
+        evaluation: Judges each by the task too, on the same part of its data where the evaluator takes a share, on all
+            where it does not.
         threads: Threads of the reference runtime.
         progress: Told runs done and all of them.
 
@@ -73,13 +82,18 @@ def measure(
     places = [number * len(batches) // count for number in range(count)]
     chosen = [batches[place] for place in places]
     errors: dict[tuple[str, str], float] = {}
+    share = min(1.0, EVALUATIONS / 100) if evaluation is not None and evaluation.partial else 1.0
     with ReferenceRunner(threads=threads) as runner:
         reference: list[Any] = list(runner.stream(module, chosen))
+        original = None if evaluation is None else evaluation.measure(runner.prepare(module), share=share)
         for number, (layer, name) in enumerate(pairs):
             changed = module.clone()
             assign(changed, {layer.name: name}, calibration)
             outputs = runner.stream(changed, chosen)
             found = [relative_error(got, want) for got, want in zip(outputs, reference, strict=True)]
             errors[layer.name, name] = sum(found) / len(found)
+            if evaluation is not None:
+                damage = evaluation.damage(evaluation.measure(runner.prepare(changed), share=share), original)
+                errors[layer.name, name] += max(damage, 0.0)
             progress(number + 1, len(pairs))
-    return Sensitivity(errors, count)
+    return Sensitivity(errors, count, 0.0 if evaluation is None else share * (len(pairs) + 1))
