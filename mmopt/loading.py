@@ -174,18 +174,23 @@ def set_modalities(module: Module, modalities: Mapping[str, Modality]) -> None:
     module.modalities.update(modalities)
 
 
-def load_samples(path: pathlib.Path, module: Module) -> dict[str, np.ndarray[Any, Any]]:
+def load_samples(path: pathlib.Path, module: Module, *, extra: Sequence[str] = ()) -> dict[str, np.ndarray[Any, Any]]:
     """Calibration samples: an ``.npz`` whose arrays have a leading axis of samples, or a folder of them.
 
+    Args:
+        path: The file or folder.
+        module: The model that takes the samples.
+        extra: Names of further arrays to read, which are no inputs: labels.
+
     Raises:
-        UserError: Nothing there, an unreadable file, or inputs that the model does not have.
+        UserError: Nothing there, an unreadable file, inputs that the model does not have, or arrays that are missing.
     """
     files = sorted(path.glob("*.npz")) if path.is_dir() else [path]
     if not files:
         raise UserError(
             "there is no .npz in it", where=str(path), hint="write samples with numpy.savez(FILE, name=array)"
         )
-    parts = [_read_samples(file, module) for file in files]
+    parts = [_read_samples(file, module, extra) for file in files]
     names = set(parts[0])
     for file, part in zip(files, parts, strict=True):
         if set(part) != names:
@@ -193,7 +198,7 @@ def load_samples(path: pathlib.Path, module: Module) -> dict[str, np.ndarray[Any
     return {name: np.concatenate([part[name] for part in parts]) for name in sorted(names)}
 
 
-def _read_samples(path: pathlib.Path, module: Module) -> dict[str, np.ndarray[Any, Any]]:
+def _read_samples(path: pathlib.Path, module: Module, extra: Sequence[str]) -> dict[str, np.ndarray[Any, Any]]:
     try:
         with np.load(path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -202,10 +207,12 @@ def _read_samples(path: pathlib.Path, module: Module) -> dict[str, np.ndarray[An
             f"cannot be read as samples: {error}", where=str(path), hint="write it with numpy.savez"
         ) from error
     expected = {str(value.name): value for value in module.graph.inputs if value.name not in module.graph.initializers}
+    if missing := [name for name in extra if name not in arrays]:
+        raise UserError(f"there is no array {missing[0]!r}", where=str(path), hint=did_you_mean(missing[0], arrays))
     for name, array in arrays.items():
-        if name not in expected:
+        if name not in expected and name not in extra:
             raise UserError(f"there is no input {name!r}", where=str(path), hint=did_you_mean(name, expected))
-        dtype = expected[name].dtype
+        dtype = None if name in extra else expected[name].dtype
         if dtype is not None and array.dtype != dtype.numpy():
             raise UserError(f"{name!r} has dtype {array.dtype}, should be {dtype.numpy()}", where=str(path))
         if array.ndim == 0 or len(array) == 0:

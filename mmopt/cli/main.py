@@ -16,7 +16,7 @@ from typer.core import TyperGroup
 
 from mmopt.errors import MmoptError, did_you_mean
 
-COMMANDS = ("optimize", "inspect", "verify", "run", "bench", "tune", "calibrate", "passes", "targets")
+COMMANDS = ("optimize", "inspect", "verify", "run", "bench", "tune", "calibrate", "distill", "passes", "targets")
 """Commands in the order of the help; each is ``app`` in the module of ``mmopt.cli`` with its name."""
 
 INTERRUPTED = 130

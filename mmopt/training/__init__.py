@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmopt.training.accumulation import Gradients, gradients
+    from mmopt.training.distillation import Distillation, DistillResult, distill
     from mmopt.training.fx import to_fx
     from mmopt.training.reconstruction import Block, BlockResult, layer_blocks, reconstruct
     from mmopt.training.weights import parameter_names, update_weights
@@ -17,7 +18,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "BlockResult",
+    "DistillResult",
+    "Distillation",
     "Gradients",
+    "distill",
     "gradients",
     "layer_blocks",
     "parameter_names",
@@ -31,6 +35,9 @@ _HOMES = {
     "BlockResult": "mmopt.training.reconstruction",
     "layer_blocks": "mmopt.training.reconstruction",
     "reconstruct": "mmopt.training.reconstruction",
+    "DistillResult": "mmopt.training.distillation",
+    "Distillation": "mmopt.training.distillation",
+    "distill": "mmopt.training.distillation",
     "Gradients": "mmopt.training.accumulation",
     "gradients": "mmopt.training.accumulation",
     "parameter_names": "mmopt.training.weights",

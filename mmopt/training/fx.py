@@ -55,7 +55,7 @@ def to_fx(module: Module, outputs: Sequence[str] = (), inputs: Sequence[str] = (
         UserError: torch is not installed, or there is no such tensor.
     """
     torch = require_torch("a differentiable form")
-    from mmopt.training.tensors import DTYPES
+    from mmopt.training.tensors import dtypes
 
     if module.opset and module.opset < _OLDEST:
         hint = f"convert it to opset {_OLDEST} or later; its operators of before mean other things"
@@ -69,7 +69,7 @@ def to_fx(module: Module, outputs: Sequence[str] = (), inputs: Sequence[str] = (
     given = [named[name] for name in inputs] or [v for v in module.graph.inputs if v not in shared.weights]
     scope = _Scope(shared, None)
     for value in given:
-        if shared.dtype(value) not in (*DTYPES, None):
+        if shared.dtype(value) not in (*dtypes(), None):
             raise UnsupportedError(f"torch has no tensors of {shared.dtype(value)}", where=f"input {value.name}")
         scope.take(value)
     scope.run(_needed(module.graph, wanted, given))
@@ -302,7 +302,7 @@ class _Scope:
         except (TypeError, ValueError, KeyError) as error:
             raise UnsupportedError(f"cannot be differentiated: {error}", where=_where(node)) from error
         kwargs = {name: self._body(item) if isinstance(item, ir.Graph) else item for name, item in kwargs.items()}
-        made = self._call(rule.function, args, kwargs, str(node.outputs[0].name or ""))
+        made = self._call(rule.target, args, kwargs, str(node.outputs[0].name or ""))
         made.meta["onnx"] = _where(node)
         self._hand_on(node, rule, made)
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-import torch
-from torch import Tensor
-from torch.nn import functional
+from typing import TYPE_CHECKING, TypeAlias
 
 from mmopt.errors import UserError, did_you_mean
+from mmopt.training.lazy import functional, torch
 
-Outputs = Mapping[str, Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Outputs: TypeAlias = "Mapping[str, Tensor]"
 
 LABEL_FREE = ("sampled", "categorical", "norm")
 """Losses that need no labels, by name; :func:`label_free` says what they are."""
 
 
 def floating(outputs: Outputs) -> dict[str, Tensor]:
-    """Those outputs that gradients can come from."""
-    return {name: value for name, value in outputs.items() if torch.is_tensor(value) and value.requires_grad}
+    """Those outputs that gradients can come from; while none are recorded, all of floats."""
+    found = {name: value for name, value in outputs.items() if torch.is_tensor(value) and value.is_floating_point()}
+    return {name: value for name, value in found.items() if value.requires_grad or not torch.is_grad_enabled()}
 
 
 def task(outputs: Outputs, labels: Tensor, output: str | None) -> Tensor:

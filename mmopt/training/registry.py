@@ -29,7 +29,7 @@ class Rule:
     """How one operator is computed.
 
     Attributes:
-        function: The function.
+        function: The function, or its dotted name in torch.
         several: It returns a tuple, one item for each output.
         integers: Whether it takes and hands on integers that are carried in floats, and of which type they are after
             it: ``keep`` for that of the first input, a dtype for its own, ``none`` when it reads them but makes floats;
@@ -37,10 +37,19 @@ class Rule:
         static: Keyword arguments that follow from the node rather than from tensors.
     """
 
-    function: Function
+    function: Function | str
     several: bool = False
     integers: str = ""
     static: Static | None = None
+
+    @property
+    def target(self) -> Function:
+        """The function."""
+        if not isinstance(self.function, str):
+            return self.function
+        module, _, name = self.function.rpartition(".")
+        found: Function = getattr(importlib.import_module(module), name)
+        return found
 
     def arguments(self, node: ir.Node, types: Types) -> dict[str, Any]:
         """Keyword arguments for ``node``.
@@ -52,7 +61,7 @@ class Rule:
         if self.static is not None:
             given = {**given, **self.static(node, types)}
         try:
-            signature = inspect.signature(self.function)
+            signature = inspect.signature(self.target)
         except ValueError:  # torch's built-in functions have none, and here no attributes
             if given:
                 raise TypeError(f"the attribute {next(iter(given))!r} is unknown") from None
@@ -85,14 +94,14 @@ def rule(
 
 
 def add(
-    function: Function,
+    function: Function | str,
     *op_types: str,
     several: bool = False,
     integers: str = "",
     static: Static | None = None,
     domain: str = "",
 ) -> None:
-    """As :func:`rule`, for a function that is there already."""
+    """As :func:`rule`, for a function that is there already, or one of torch by its dotted name."""
     for op_type in op_types:
         if (domain, op_type) in _TABLE:
             raise ValueError(f"{op_type} already has a rule")
@@ -100,13 +109,13 @@ def add(
 
 
 def rule_of(domain: str, op_type: str) -> Rule | None:
-    """The rule of an operator, or ``None``. Imports torch."""
+    """The rule of an operator, or ``None``."""
     _load()
     return _TABLE.get(("" if domain == "ai.onnx" else domain, op_type))
 
 
 def rules() -> list[tuple[str, str]]:
-    """All (domain, operator) pairs that have a rule, sorted. Imports torch."""
+    """All (domain, operator) pairs that have a rule, sorted."""
     _load()
     return sorted(_TABLE)
 

@@ -9,15 +9,17 @@ as floats that are rounded with straight-through gradients.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
+from mmopt.training.lazy import torch
 from mmopt.training.ops.quantize import straight_through
 from mmopt.training.tensors import BOUNDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _STRETCH, _BELOW = 1.2, 0.1
 _FIRST_BETA, _LAST_BETA = 20.0, 2.0

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import torch
+
+from mmopt.training.lazy import torch
 
 D = ir.DataType
-
-DTYPES: dict[ir.DataType, torch.dtype] = {
-    D.FLOAT: torch.float32,
-    D.DOUBLE: torch.float64,
-    D.FLOAT16: torch.float16,
-    D.BFLOAT16: torch.bfloat16,
-    D.INT8: torch.int8,
-    D.INT16: torch.int16,
-    D.INT32: torch.int32,
-    D.INT64: torch.int64,
-    D.UINT8: torch.uint8,
-    D.UINT16: torch.int32,
-    D.UINT32: torch.int64,
-    D.UINT64: torch.int64,
-    D.BOOL: torch.bool,
-    D.COMPLEX64: torch.complex64,
-    D.COMPLEX128: torch.complex128,
-    D.INT4: torch.int8,
-    D.UINT4: torch.uint8,
-    D.INT2: torch.int8,
-    D.UINT2: torch.uint8,
-    D.FLOAT8E4M3FN: torch.float8_e4m3fn,
-    D.FLOAT8E5M2: torch.float8_e5m2,
-    D.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
-    D.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
-}
-"""torch's type for each of ONNX. Integers that torch has no arithmetic for are held in the next wider ones (64 bits
-without a sign in those with one)."""
-
-_WIDER = {torch.uint16: torch.int32, torch.uint32: torch.int64, torch.uint64: torch.int64}
 
 BOUNDS: dict[ir.DataType, tuple[int, int]] = {
     D.INT2: (-2, 1),
@@ -56,6 +28,38 @@ BOUNDS: dict[ir.DataType, tuple[int, int]] = {
 """Lowest and highest value of integer types."""
 
 _BYTES = {1: np.uint8, 2: np.uint16}
+_WIDER = {"uint16": np.int32, "uint32": np.int64, "uint64": np.int64}
+
+
+@functools.cache
+def dtypes() -> dict[ir.DataType, torch.dtype]:
+    """torch's type for each of ONNX. Integers that torch has no arithmetic for are held in the next wider ones (64 bits
+    without a sign in those with one)."""
+    return {
+        D.FLOAT: torch.float32,
+        D.DOUBLE: torch.float64,
+        D.FLOAT16: torch.float16,
+        D.BFLOAT16: torch.bfloat16,
+        D.INT8: torch.int8,
+        D.INT16: torch.int16,
+        D.INT32: torch.int32,
+        D.INT64: torch.int64,
+        D.UINT8: torch.uint8,
+        D.UINT16: torch.int32,
+        D.UINT32: torch.int64,
+        D.UINT64: torch.int64,
+        D.BOOL: torch.bool,
+        D.COMPLEX64: torch.complex64,
+        D.COMPLEX128: torch.complex128,
+        D.INT4: torch.int8,
+        D.UINT4: torch.uint8,
+        D.INT2: torch.int8,
+        D.UINT2: torch.uint8,
+        D.FLOAT8E4M3FN: torch.float8_e4m3fn,
+        D.FLOAT8E5M2: torch.float8_e5m2,
+        D.FLOAT8E4M3FNUZ: torch.float8_e4m3fnuz,
+        D.FLOAT8E5M2FNUZ: torch.float8_e5m2fnuz,
+    }
 
 
 def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
@@ -64,7 +68,7 @@ def to_torch(tensor: ir.TensorProtocol) -> torch.Tensor:
     Raises:
         ValueError: torch has nothing for its type.
     """
-    dtype = DTYPES.get(tensor.dtype)
+    dtype = dtypes().get(tensor.dtype)
     if dtype is None:
         raise ValueError(f"torch has no tensors of {tensor.dtype.name}")
     return from_numpy(tensor.numpy(), dtype)
@@ -86,8 +90,7 @@ def from_numpy(array: np.ndarray[Any, Any], dtype: torch.dtype | None = None) ->
     elif array.dtype.kind not in "biufc":
         raise ValueError(f"torch has no tensors of {array.dtype.name}")
     else:
-        found = torch.from_numpy(np.array(array, order="C"))
-        found = found.to(_WIDER.get(found.dtype, found.dtype))
+        found = torch.from_numpy(np.array(array, _WIDER.get(array.dtype.name, array.dtype), order="C"))
     return found if dtype is None or found.dtype == dtype else found.to(dtype)
 
 
@@ -99,8 +102,8 @@ def _exotic(dtype: np.dtype[Any]) -> torch.dtype | None:
 def to_numpy(tensor: torch.Tensor, dtype: ir.DataType | None = None) -> np.ndarray[Any, Any]:
     """The tensor as an array; of ONNX type ``dtype`` when given."""
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype in (torch.bfloat16, *(t for d, t in DTYPES.items() if d.name.startswith("FLOAT8"))):
-        own = next(d for d, t in DTYPES.items() if t == tensor.dtype)
+    if tensor.dtype in (torch.bfloat16, *(t for d, t in dtypes().items() if d.name.startswith("FLOAT8"))):
+        own = next(d for d, t in dtypes().items() if t == tensor.dtype)
         array = tensor.view(torch.uint8 if tensor.itemsize == 1 else torch.uint16).numpy().view(own.numpy())
     else:
         array = tensor.resolve_conj().resolve_neg().numpy()

@@ -1,1 +1,1 @@
-"""Rules of operators, one file per family. These files import torch, and are imported when a graph is converted."""
+"""Rules of operators, one file per family."""

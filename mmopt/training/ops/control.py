@@ -4,12 +4,13 @@ decided on the values at hand, so gradients flow through what ran."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmopt.training.lazy import torch
 from mmopt.training.registry import rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Body = tuple[Callable[..., tuple[Any, ...]], tuple[Any, ...]]
 

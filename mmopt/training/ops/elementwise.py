@@ -5,41 +5,41 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
-from torch.nn import functional
 
+from mmopt.training.lazy import functional, torch
 from mmopt.training.registry import Types, add, rule
-from mmopt.training.tensors import BOUNDS, DTYPES
+from mmopt.training.tensors import BOUNDS, dtypes
 
-for _function in (
-    *(torch.abs, torch.acos, torch.acosh, torch.asin, torch.asinh, torch.atan, torch.atanh, torch.ceil, torch.cos),
-    *(torch.cosh, torch.erf, torch.exp, torch.floor, torch.log, torch.neg, torch.reciprocal, torch.relu),
-    *(torch.sigmoid, torch.sign, torch.sin, torch.sinh, torch.sqrt, torch.tan, torch.tanh),
+if TYPE_CHECKING:
+    from torch import Tensor
+
+for _name in (
+    *("Abs", "Acos", "Acosh", "Add", "Asin", "Asinh", "Atan", "Atanh", "Ceil", "Cos", "Cosh", "Erf", "Exp", "Floor"),
+    *("Log", "Mul", "Neg", "Reciprocal", "Relu", "Sigmoid", "Sign", "Sin", "Sinh", "Sqrt", "Sub", "Tan", "Tanh"),
 ):
-    add(_function, _function.__name__.capitalize())
+    add(f"torch.{_name.lower()}", _name)
 
-add(torch.add, "Add")
-add(torch.sub, "Sub")
-add(torch.mul, "Mul")
-add(torch.eq, "Equal")
-add(torch.gt, "Greater")
-add(torch.ge, "GreaterOrEqual")
-add(torch.lt, "Less")
-add(torch.le, "LessOrEqual")
-add(torch.logical_and, "And")
-add(torch.logical_or, "Or")
-add(torch.logical_xor, "Xor")
-add(torch.logical_not, "Not")
-add(torch.isnan, "IsNaN")
-add(torch.bitwise_and, "BitwiseAnd")
-add(torch.bitwise_or, "BitwiseOr")
-add(torch.bitwise_xor, "BitwiseXor")
-add(functional.mish, "Mish")
-add(functional.softsign, "Softsign")
+for _name, _function in {
+    "IsNaN": "torch.isnan",
+    "Equal": "torch.eq",
+    "Greater": "torch.gt",
+    "GreaterOrEqual": "torch.ge",
+    "Less": "torch.lt",
+    "LessOrEqual": "torch.le",
+    "And": "torch.logical_and",
+    "Or": "torch.logical_or",
+    "Xor": "torch.logical_xor",
+    "Not": "torch.logical_not",
+    "BitwiseAnd": "torch.bitwise_and",
+    "BitwiseOr": "torch.bitwise_or",
+    "BitwiseXor": "torch.bitwise_xor",
+    "Mish": "torch.nn.functional.mish",
+    "Softsign": "torch.nn.functional.softsign",
+}.items():
+    add(_function, _name)
 
 
 @rule("Round")
@@ -137,7 +137,7 @@ def _target(node: ir.Node, types: Types) -> Mapping[str, Any]:
     found = ir.DataType(node.attributes["to"].as_int()) if "to" in node.attributes else types(node.inputs[1])
     if found is None:
         return {}
-    if found not in DTYPES:
+    if found not in dtypes():
         raise ValueError(f"torch has no tensors of {found.name}")
     return {"to": found.name}
 
@@ -146,7 +146,7 @@ def _target(node: ir.Node, types: Types) -> Mapping[str, Any]:
 def cast(x: Tensor, *, to: str, saturate: int = 1, round_mode: str = "up") -> Tensor:
     """Another type. Between types of floats, gradients pass unchanged: that of a pair of casts is the identity."""
     dtype = ir.DataType[to]
-    target = DTYPES[dtype]
+    target = dtypes()[dtype]
     if dtype == ir.DataType.BOOL:
         return x != 0
     if to.startswith("FLOAT8"):
@@ -182,7 +182,7 @@ def _to_narrow(x: Tensor, dtype: ir.DataType, target: torch.dtype) -> Tensor:
 @rule("CastLike", static=_target)
 def cast_like(x: Tensor, like: Tensor, *, to: str = "", saturate: int = 1, round_mode: str = "up") -> Tensor:
     """The type of another tensor."""
-    known = to or next(dtype.name for dtype, held in DTYPES.items() if held == like.dtype)
+    known = to or next(dtype.name for dtype, held in dtypes().items() if held == like.dtype)
     return cast(x, to=known, saturate=saturate)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from mmopt.training.lazy import torch
 from mmopt.training.ops.common import integer
 from mmopt.training.registry import rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def _from_front(places: Tensor, extent: int) -> Tensor:
@@ -120,6 +122,6 @@ def unique(x: Tensor, *, axis: int | None = None, sorted: int = 1) -> tuple[Tens
     first = torch.full(counts.shape, inverse.numel(), dtype=torch.int64)
     first = first.scatter_reduce(0, inverse.reshape(-1), torch.arange(inverse.numel()), "amin")
     order: Sequence[int] | Tensor = torch.arange(len(counts)) if sorted else torch.argsort(first)
-    assert isinstance(order, Tensor)
+    assert isinstance(order, torch.Tensor)
     rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order)))
     return values.index_select(along, order), first[order], rank[inverse.reshape(-1)], counts[order]

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
+from mmopt.training.lazy import functional, torch
 from mmopt.training.registry import rule
 
-_CONVOLUTIONS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
-_TRANSPOSED = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule("MatMul")
@@ -101,7 +99,7 @@ def conv(
         ahead = [before for before, _ in pairs]
     else:
         x, ahead = functional.pad(x, for_torch(pairs)), [0] * rank
-    return _CONVOLUTIONS[rank](x, weight, bias, steps, ahead, spread, group)
+    return getattr(functional, f"conv{rank}d")(x, weight, bias, steps, ahead, spread, group)
 
 
 @rule("ConvTranspose")
@@ -123,7 +121,7 @@ def conv_transpose(
     rank = x.ndim - 2
     steps, spread = list(strides or [1] * rank), list(dilations or [1] * rank)
     extra = list(output_padding or [0] * rank)
-    whole = _TRANSPOSED[rank](x, weight, None, steps, 0, 0, group, spread)
+    whole = getattr(functional, f"conv_transpose{rank}d")(x, weight, None, steps, 0, 0, group, spread)
     for n in range(rank):
         length = whole.shape[2 + n] + extra[n]
         before, behind = _cut(n, length, x.shape[2 + n] * steps[n], pads, output_shape, auto_pad, rank)

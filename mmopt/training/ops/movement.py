@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
+from mmopt.training.lazy import torch
 from mmopt.training.ops.common import Ints, integer, ints
 from mmopt.training.registry import Types, rule
-from mmopt.training.tensors import DTYPES, to_torch
+from mmopt.training.tensors import dtypes, to_torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule("Identity", integers="keep")
@@ -239,7 +241,7 @@ def constant_of_shape(sizes: Tensor, *, value: Any = None) -> Tensor:
     if value is None:
         return torch.zeros(ints(sizes))
     number, dtype = value
-    return torch.full(ints(sizes), number, dtype=DTYPES[ir.DataType[dtype]])
+    return torch.full(ints(sizes), number, dtype=dtypes()[ir.DataType[dtype]])
 
 
 @rule("Range")
@@ -256,7 +258,7 @@ def _dtype_name(node: ir.Node, types: Types) -> Mapping[str, Any]:
 @rule("EyeLike", static=_dtype_name)
 def eye_like(x: Tensor, *, k: int = 0, dtype: str = "") -> Tensor:
     """Ones on a diagonal."""
-    made = torch.zeros(x.shape, dtype=DTYPES[ir.DataType[dtype]] if dtype else x.dtype, device=x.device)
+    made = torch.zeros(x.shape, dtype=dtypes()[ir.DataType[dtype]] if dtype else x.dtype, device=x.device)
     count = min(x.shape[0] + min(k, 0), x.shape[1] - max(k, 0))
     if count > 0:
         made.diagonal(k).fill_(1)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
-from mmopt.training.ops.common import at_least
+from mmopt.training.lazy import functional, torch
+from mmopt.training.ops.common import at_least_float32
 from mmopt.training.registry import rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule("BatchNormalization", several=True)
@@ -55,7 +55,7 @@ def layer_normalization(
     if n_outputs == 1 and list(scale.shape) == sizes and (bias is None or list(bias.shape) == sizes):
         return (functional.layer_norm(x, sizes, scale, bias, epsilon),)
     axes = list(range(axis, x.ndim))
-    wide = x.to(at_least(x.dtype))
+    wide = x.to(at_least_float32(x.dtype))
     mean = wide.mean(axes, keepdim=True)
     inverse = torch.rsqrt((wide - mean).square().mean(axes, keepdim=True) + epsilon)
     made = ((wide - mean) * inverse).to(x.dtype) * scale
@@ -102,7 +102,7 @@ def local_response_normalization(
 def rms_normalization(x: Tensor, scale: Tensor, *, axis: int = -1, epsilon: float = 1e-5, stash_type: int = 1) -> Any:
     """``x / √(mean x² + ε) · scale``."""
     axes = list(range(axis % x.ndim, x.ndim))
-    wide = x.to(at_least(x.dtype))
+    wide = x.to(at_least_float32(x.dtype))
     return (wide * torch.rsqrt(wide.square().mean(axes, keepdim=True) + epsilon)).to(x.dtype) * scale
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional
-
+from mmopt.training.lazy import functional, torch
 from mmopt.training.ops.common import ints, negative_extreme
 from mmopt.training.ops.linear import for_torch, padding
 from mmopt.training.registry import rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Pairs = list[tuple[int, int]]
 

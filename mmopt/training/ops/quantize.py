@@ -9,15 +9,17 @@ learned step sizes get (Esser et al., 2020).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
+from mmopt.training.lazy import torch
 from mmopt.training.ops.linear import conv
 from mmopt.training.registry import Types, rule
-from mmopt.training.tensors import BOUNDS, DTYPES
+from mmopt.training.tensors import BOUNDS, dtypes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
@@ -27,7 +29,7 @@ def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
 
 def narrow(x: Tensor, *, dtype: str) -> Tensor:
     """Carried integers as true ones; the gradient ends here."""
-    target = DTYPES[ir.DataType[dtype]]
+    target = dtypes()[ir.DataType[dtype]]
     return x.detach().to(target)
 
 
@@ -48,7 +50,7 @@ def _target(node: ir.Node, types: Types) -> Mapping[str, Any]:
         return {"dtype": ir.DataType(given.as_int()).name}
     point = node.inputs[2] if len(node.inputs) > 2 else None
     found = types(point) if point is not None else types(node.outputs[0]) or ir.DataType.UINT8
-    if found is None or (found not in BOUNDS and found not in DTYPES):
+    if found is None or (found not in BOUNDS and found not in dtypes()):
         raise ValueError(f"torch cannot round to {'an unknown type' if found is None else found.name}")
     return {"dtype": found.name}
 
@@ -71,9 +73,9 @@ def quantize_linear(
     scaled = x / _spread(scale.to(x.dtype), x, axis, block_size)
     target = ir.DataType[dtype]
     if target not in BOUNDS:
-        largest = torch.finfo(DTYPES[target]).max
+        largest = torch.finfo(dtypes()[target]).max
         cut = scaled.clamp(-largest, largest)
-        return straight_through(cut, cut.detach().float().to(DTYPES[target]).to(x.dtype))
+        return straight_through(cut, cut.detach().float().to(dtypes()[target]).to(x.dtype))
     zero = 0 if zero_point is None else _spread(zero_point.to(x.dtype), x, axis, block_size)
     low, high = BOUNDS[target]
     return torch.clamp(straight_through(scaled, torch.round(scaled)) + zero, low, high)
@@ -90,7 +92,7 @@ def dequantize_linear(
     output_dtype: int = 0,
 ) -> Tensor:
     """``(q − zero_point) · scale``."""
-    made = DTYPES[ir.DataType(output_dtype)] if output_dtype else scale.dtype
+    made = dtypes()[ir.DataType(output_dtype)] if output_dtype else scale.dtype
     wide = torch.promote_types(made, torch.float32)
     x = q.to(wide)
     if zero_point is not None:

@@ -6,14 +6,16 @@ Gates lie in other orders: ONNX has i o f c (LSTM) and z r h (GRU), torch i f c 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
+from mmopt.training.lazy import torch
 from mmopt.training.registry import rule
 
-Activation = Callable[[Tensor], Tensor]
-Step = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Activation: TypeAlias = "Callable[[Tensor], Tensor]"
+Step: TypeAlias = "Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]"
 
 _DEFAULTS = {"lstm": ("sigmoid", "tanh", "tanh"), "gru": ("sigmoid", "tanh"), "rnn": ("tanh",)}
 _ALPHA = {"leakyrelu": 0.01, "thresholdedrelu": 1.0, "hardsigmoid": 0.2, "elu": 1.0, "affine": 1.0, "scaledtanh": 1.0}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-
+from mmopt.training.lazy import torch
 from mmopt.training.ops.common import Ints, axes_of, integer, ints
 from mmopt.training.registry import add, rule
 
-Reduce = Callable[[Tensor, list[int], bool], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Reduce: TypeAlias = "Callable[[Tensor, list[int], bool], Tensor]"
 
 
 def _reduction(reduce: Reduce) -> Callable[..., Tensor]:
@@ -55,7 +56,7 @@ def _neutral(dtype: torch.dtype, least: bool) -> float | int:
     return torch.iinfo(dtype).max if least else torch.iinfo(dtype).min  # type: ignore[no-any-return]
 
 
-def _extreme(reduce: Callable[..., Tensor], least: bool) -> Reduce:
+def _extreme(name: str, *, least: bool) -> Reduce:
     def reduced(x: Tensor, axes: list[int], keep: bool) -> Tensor:
         if x.dtype == torch.bool:
             return reduced(x.to(torch.uint8), axes, keep).bool()
@@ -64,7 +65,8 @@ def _extreme(reduce: Callable[..., Tensor], least: bool) -> Reduce:
             shape = [1 if n in axes else size for n, size in enumerate(x.shape)]
             filled = torch.full(shape, _neutral(x.dtype, least), dtype=x.dtype)
             return filled if keep else filled.reshape([s for n, s in enumerate(x.shape) if n not in axes])
-        return reduce(x, axes, keepdim=keep)
+        made: Tensor = getattr(torch, name)(x, axes, keepdim=keep)
+        return made
 
     return reduced
 
@@ -94,8 +96,8 @@ def _sum_square(x: Tensor, axes: list[int], keep: bool) -> Tensor:
 for _name, _reduce in {
     "ReduceSum": _sum,
     "ReduceMean": _mean,
-    "ReduceMax": _extreme(torch.amax, False),
-    "ReduceMin": _extreme(torch.amin, True),
+    "ReduceMax": _extreme("amax", least=False),
+    "ReduceMin": _extreme("amin", least=True),
     "ReduceProd": _product,
     "ReduceL1": _l1,
     "ReduceL2": _l2,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mmopt.training.lazy import torch
 from mmopt.training.ops.common import integer, ints
 from mmopt.training.registry import rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule("SequenceConstruct")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
-import torch
-from torch import Tensor
 
+from mmopt.training.lazy import torch
 from mmopt.training.ops.common import integer
 from mmopt.training.registry import Types, rule
-from mmopt.training.tensors import DTYPES
+from mmopt.training.tensors import dtypes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @rule("DFT")
@@ -69,7 +71,7 @@ def mel_weight_matrix(
             made[k, n] = 1.0 if centre == start else (k - start) / (centre - start)
         for k in range(centre, end):
             made[k, n] = (end - k) / (end - centre)
-    return made.to(DTYPES[ir.DataType(output_datatype)])
+    return made.to(dtypes()[ir.DataType(output_datatype)])
 
 
 def _drawn(node: ir.Node, types: Types) -> Mapping[str, Any]:
@@ -92,7 +94,7 @@ def random_normal(
 ) -> Tensor:
     """Normal numbers, from torch's generator."""
     made = torch.randn(list(shape), generator=_generator(seed))
-    return (made * scale + mean).to(DTYPES[ir.DataType(dtype)])
+    return (made * scale + mean).to(dtypes()[ir.DataType(dtype)])
 
 
 @rule("RandomUniform", static=_drawn)
@@ -101,7 +103,7 @@ def random_uniform(
 ) -> Tensor:
     """Evenly distributed numbers."""
     made = torch.rand(list(shape), generator=_generator(seed))
-    return (made * (high - low) + low).to(DTYPES[ir.DataType(dtype)])
+    return (made * (high - low) + low).to(dtypes()[ir.DataType(dtype)])
 
 
 @rule("RandomNormalLike", static=_drawn)
@@ -110,7 +112,7 @@ def random_normal_like(
 ) -> Tensor:
     """Normal numbers in the shape of a tensor."""
     made = torch.randn(x.shape, generator=_generator(seed)) * scale + mean
-    return made.to(x.dtype if dtype is None else DTYPES[ir.DataType(dtype)])
+    return made.to(x.dtype if dtype is None else dtypes()[ir.DataType(dtype)])
 
 
 @rule("RandomUniformLike", static=_drawn)
@@ -119,21 +121,21 @@ def random_uniform_like(
 ) -> Tensor:
     """Evenly distributed numbers in the shape of a tensor."""
     made = torch.rand(x.shape, generator=_generator(seed)) * (high - low) + low
-    return made.to(x.dtype if dtype is None else DTYPES[ir.DataType(dtype)])
+    return made.to(x.dtype if dtype is None else dtypes()[ir.DataType(dtype)])
 
 
 @rule("Bernoulli", static=_drawn)
 def bernoulli(x: Tensor, *, dtype: int | None = None, seed: int | None = None) -> Tensor:
     """One with the probability that the input is, else zero."""
     made = torch.bernoulli(x, generator=_generator(seed))
-    return made.to(x.dtype if dtype is None else DTYPES[ir.DataType(dtype)])
+    return made.to(x.dtype if dtype is None else dtypes()[ir.DataType(dtype)])
 
 
 @rule("Multinomial", static=_drawn)
 def multinomial(x: Tensor, *, dtype: int = 6, sample_size: int = 1, seed: int | None = None) -> Tensor:
     """Classes drawn from logarithms of probabilities."""
     drawn = torch.multinomial(torch.softmax(x, -1), sample_size, True, generator=_generator(seed))
-    return drawn.to(DTYPES[ir.DataType(dtype)])
+    return drawn.to(dtypes()[ir.DataType(dtype)])
 
 
 @rule("NonMaxSuppression")
