@@ -23,7 +23,7 @@ import numpy as np
 import onnx_ir as ir
 
 from benchmarks.models import chosen
-from benchmarks.quantizing import judging
+from benchmarks.quantizing import budgets, judging
 from benchmarks.quantizing.methods import METHODS, Arrays
 from benchmarks.trained import NETWORKS, prepare
 from mmopt.bench import machine
@@ -138,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0; the exit code of an error.
     """
     options = _parser().parse_args(arguments)
+    if options.budgets:
+        return _budgets(options)
     try:
         rows = []
         methods = chosen(options.methods, METHODS, "--methods")
@@ -155,6 +157,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _budgets(options: argparse.Namespace) -> int:
+    try:
+        rows = []
+        for name in chosen(options.networks, NETWORKS, "--networks"):
+            prepare(name, options.folder, options.data)
+            rows += budgets.compare(name, options.folder)
+    except MmoptError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print("\n".join(budgets.table(rows)))
+    if options.json is not None:
+        content = {"schema_version": 1, "kind": "mmopt-budgets", "machine": machine.facts(), "rows": rows}
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.quantization", description=(__doc__ or "").split("\n")[0]
@@ -167,6 +185,7 @@ def _parser() -> argparse.ArgumentParser:
         "--ours", default="mmopt w8a8 smooth gptq", metavar="NAME", help="compared with peers (%(default)s)"
     )
     parser.add_argument("--reuse", action="store_true", help="take results that FOLDER has")
+    parser.add_argument("--budgets", action="store_true", help="compare presets at equal sizes instead")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows here")
     return parser
 

@@ -33,7 +33,9 @@ class Quantize(Pass):
         budget: For ``mixed``: bytes of the layers' weights, as a share of those in float32.
         by_metrics: For ``mixed``: as small as the limits of the evaluator's metrics allow (``--eval``, ``--metrics``),
             instead of a budget.
-        lowest: The smallest scheme for ``hierarchical`` and ``mixed``: ``w4``, ``w8`` or ``w8a8``.
+        lowest: What ``hierarchical`` puts the middle into: ``w4``, ``w8`` or ``w8a8``.
+        highest: What ``hierarchical`` keeps the ends in: ``w8a8``, ``w8`` or ``w8a16``.
+        edge: Share of each tower's layers that ``hierarchical`` takes for an end.
         schemes: What ``mixed`` may choose from.
         table: Schemes by pattern of node name (``*fc1*=w4``), which go before the preset's.
         stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
@@ -47,6 +49,8 @@ class Quantize(Pass):
     budget: float = 0.25
     by_metrics: bool = False
     lowest: Literal["w4", "w8", "w8a8"] = "w4"
+    highest: Literal["w8a8", "w8", "w8a16"] = "w8a8"
+    edge: float = EDGE
     schemes: tuple[str, ...] = ("fp32", "w8a8", "w8", "w4")
     table: tuple[str, ...] = ()
     stats: str = ""
@@ -81,7 +85,7 @@ class Quantize(Pass):
         if self.preset == "full":
             return {layer.name: "w8a8" for layer in found}
         if self.preset == "hierarchical":
-            return by_place(module, found, self.lowest)
+            return by_place(module, found, self.lowest, self.highest, self.edge)
         if context.inputs is None:
             raise UserError(
                 "measuring sensitivity needs samples, not statistics alone", where=self.name, hint="give --calib"
@@ -144,19 +148,22 @@ class Quantize(Pass):
         self.remark(context, "applied", "", message)
 
 
-def by_place(module: Module, found: Sequence[Layer], lowest: str) -> dict[str, str]:
-    """8 bits at the ends of each tower and outside of towers, ``lowest`` in the middle."""
+def by_place(
+    module: Module, found: Sequence[Layer], lowest: str, highest: str = "w8a8", share: float = EDGE
+) -> dict[str, str]:
+    """``highest`` at the ends of each tower and outside of towers, ``lowest`` in the middle."""
     towers = {name: tower.name for tower in analyze_towers(module).towers for name in tower.part.nodes}
     members: dict[str, list[Layer]] = collections.defaultdict(list)
     result = {}
     for layer in found:
-        result[layer.name] = "w8a8"
+        result[layer.name] = highest if SCHEMES[highest].fits(layer) else "w8a8"
         if layer.name in towers:
             members[towers[layer.name]].append(layer)
     for group in members.values():
-        edge = max(1, round(EDGE * len(group)))
+        edge = max(1, round(share * len(group)))
         for layer in group[edge:-edge]:
-            result[layer.name] = lowest if SCHEMES[lowest].fits(layer) else "w8a8"
+            if SCHEMES[lowest].fits(layer):
+                result[layer.name] = lowest
     return result
 
 
