@@ -398,6 +398,10 @@ inline void mmopt_mma_u8(int* d, const unsigned* a, const unsigned* b) {
   auto widen = [](auto v) { return static_cast<int>(v); };
   emulator::multiply<uint8_t, int, decltype(widen), int8_t>(d, a, b, widen);
 }
+inline void mmopt_mma_s8u8(int* d, const unsigned* a, const unsigned* b) {
+  auto widen = [](auto v) { return static_cast<int>(v); };
+  emulator::multiply<int8_t, int, decltype(widen), uint8_t>(d, a, b, widen);
+}
 inline unsigned mmopt_to_tf32(float x) {
   unsigned u;
   std::memcpy(&u, &x, 4);

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from mmopt.backends.cpu.kernels.attention import Rules
 from mmopt.backends.profile import Profile
+from mmopt.lowering.cuda.convolutions import tensor_convolution
 from mmopt.lowering.cuda.products import tensor_product
 from mmopt.lowering.ops.conv import Geometry, generic_convolution
+from mmopt.lowering.ops.conv_narrow import known_widened
 from mmopt.lowering.ops.matmul import plain_product
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import NotLowered, Value
@@ -22,8 +24,9 @@ class CudaTemplates:
         return tensor_product(node, a, b) or plain_product(node, a, b)
 
     def convolution(self, node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
-        """A convolution."""
-        return generic_convolution(node, x, w, bias, groups, shape)
+        """A convolution: on tensor cores where they have the type and the filters are known, else by threads."""
+        made = tensor_convolution(node, x, w, bias, groups, shape)
+        return made or generic_convolution(node, x, known_widened(w), bias, groups, shape)
 
     def attention(
         self,

@@ -130,27 +130,28 @@ def _quantized(node: OpNode, a: Quantized, b: Quantized, sm: int) -> Value | Non
     weight, scale = b.value.constant, b.scale.constant
     if not pair.fits(sm) or weight is None or weight.ndim != 2 or scale is None or a.value.bits or b.value.bits:
         return None
-    if not a.single or b.block or not (b.single or b.axis == 1) or not _no_zero(b.zero):
+    if not a.single or b.block or not (b.single or b.axis == 1) or not no_zero(b.zero):
         return None
     total = _total(node, a.value, b.value)
     columns = weight.shape[1]
     sums = Value(constant=weight.astype(np.int32).sum(axis=0, dtype=np.int32), name=f"{b.value.name}.sums")
     factors = Value(constant=np.broadcast_to(scale.reshape(-1), (columns,)).copy(), name=f"{b.value.name}.scales")
-    a_zero = None if _no_zero(a.zero) else a.zero
+    a_zero = None if no_zero(a.zero) else a.zero
 
     def body(*at: Expr) -> Expr:
         value = total[at]
         if a_zero is not None:
-            value = value - _single(a_zero).astype("int32") * sums.tensor[at[-1]]
-        return value.astype("float32") * (_single(a.scale) * factors.tensor[at[-1]])
+            value = value - single(a_zero).astype("int32") * sums.tensor[at[-1]]
+        return value.astype("float32") * (single(a.scale) * factors.tensor[at[-1]])
 
     return Value(Map(total.shape, "float32", body, "scaled"), name=node.name)
 
 
-def _no_zero(zero: Value | None) -> bool:
+def no_zero(zero: Value | None) -> bool:
+    """Whether a zero point is known to be zero."""
     return zero is None or (zero.constant is not None and not np.any(zero.constant))
 
 
-def _single(value: Value) -> Expr:
+def single(value: Value) -> Expr:
     """The one element of ``value``."""
     return value.tensor[tuple(index(0) for _ in value.shape)]

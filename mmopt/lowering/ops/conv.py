@@ -83,7 +83,7 @@ def conv(node: OpNode) -> Value:
 def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, shape: Geometry) -> Value:
     """Pick the template for a convolution."""
     if (templates := node.context.program.templates) is not None:
-        return templates.convolution(node, x, known_widened(w), bias, groups, shape)
+        return templates.convolution(node, x, w, bias, groups, shape)
     if (narrow := narrow_convolution(node, x, w, bias, groups, shape)) is not None:
         return narrow
     w = known_widened(w)

@@ -30,13 +30,14 @@ STATIC_SHARED = 48 << 10
 """Bytes of shared memory that a kernel may have without asking for more."""
 
 KINDS = {
-    "float16": "MMOPT_F16",
-    "bfloat16": "MMOPT_BF16",
-    "float32": "MMOPT_F32",
-    "int8": "MMOPT_S8",
-    "uint8": "MMOPT_U8",
+    ("float16", "float16"): "MMOPT_F16",
+    ("bfloat16", "bfloat16"): "MMOPT_BF16",
+    ("float32", "float32"): "MMOPT_F32",
+    ("int8", "int8"): "MMOPT_S8",
+    ("uint8", "int8"): "MMOPT_U8",
+    ("int8", "uint8"): "MMOPT_S8U8",
 }
-"""Names of the kinds of products in ``products.cuh``, by the type of the left operand."""
+"""Names of the kinds of products in ``products.cuh``, by the types of both operands."""
 
 OLDEST = {"float16": 75, "int8": 75, "uint8": 75, "bfloat16": 80, "float32": 80}
 """First architecture whose tensor cores multiply a type; floats as three products of their parts in tf32."""
@@ -83,9 +84,9 @@ class Tile:
             rows //= 2
         return rows
 
-    def parameters(self, kind: str) -> str:
-        """Arguments of the template in C++."""
-        return f"{KINDS[kind]}, {self.wm}, {self.wn}, {self.mt}, {self.nt}, {self.stages}"
+    def parameters(self, left: str, right: str) -> str:
+        """Arguments of the template in C++, for operands of two types."""
+        return f"{KINDS[left, right]}, {self.wm}, {self.wn}, {self.mt}, {self.nt}, {self.stages}"
 
 
 TILES = (
@@ -181,7 +182,7 @@ class TensorProduct(LoopNest):
             name, given = "mmopt_rows_by_any", [steps["a"][0], *steps["b"]]
         else:
             name, given = "mmopt_any_by_any", [*steps["a"], *steps["b"]]
-        function = f"{name}<{self.tile.parameters(self.kind)}>"
+        function = f"{name}<{self.tile.parameters(self.kind, self.b.source.dtype)}>"
         return call(function, total, memory, left, right, *given, *ends)
 
 

@@ -8,7 +8,7 @@
 #ifndef MMOPT_PRODUCTS
 #define MMOPT_PRODUCTS
 
-enum { MMOPT_F16, MMOPT_BF16, MMOPT_F32, MMOPT_S8, MMOPT_U8 };
+enum { MMOPT_F16, MMOPT_BF16, MMOPT_F32, MMOPT_S8, MMOPT_U8, MMOPT_S8U8 };
 
 constexpr int MMOPT_ROW = 64, MMOPT_CHUNK = 16;
 
@@ -104,6 +104,21 @@ __device__ __forceinline__ void mmopt_mma_u8(int* d, const unsigned* a, const un
 #endif
 }
 
+// The second operand without signs.
+__device__ __forceinline__ void mmopt_mma_s8u8(int* d, const unsigned* a, const unsigned* b) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+#pragma unroll
+  for (int part = 0; part < 4; ++part)  // rows g and g + 8, first and second half of the sum
+    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+                 : "+r"(d[part % 2 * 2]), "+r"(d[part % 2 * 2 + 1])
+                 : "r"(a[part]), "r"(b[part / 2]));
+#endif
+}
+
 __device__ __forceinline__ unsigned mmopt_to_tf32(float x) {
   unsigned r = 0;
 #if __CUDA_ARCH__ >= 800
@@ -116,6 +131,7 @@ __device__ __forceinline__ unsigned mmopt_to_tf32(float x) {
 template <int Kind> struct mmopt_kind { using Sum = float; static constexpr int bytes = Kind == MMOPT_F32 ? 4 : 2; };
 template <> struct mmopt_kind<MMOPT_S8> { using Sum = int; static constexpr int bytes = 1; };
 template <> struct mmopt_kind<MMOPT_U8> { using Sum = int; static constexpr int bytes = 1; };
+template <> struct mmopt_kind<MMOPT_S8U8> { using Sum = int; static constexpr int bytes = 1; };
 
 struct alignas(16) mmopt_chunk { unsigned char byte[MMOPT_CHUNK]; };
 
@@ -135,11 +151,12 @@ struct mmopt_rows {
   }
 };
 
-// Elements anywhere: `at(row, k)` gives the address, or null for zero. Rows are neighbours in memory.
+// Elements anywhere: the gatherer gives the address at (row, k), or null for `fill`. Rows are neighbours in memory.
 template <typename Gather, int Bytes>
 struct mmopt_gathered {
   static constexpr bool direct = false, along_rows = true;
   Gather gather;
+  unsigned char fill = 0;  // of integers; floats are filled with zeros
 
   __device__ __forceinline__ mmopt_chunk get(int r, int k) const {
     mmopt_chunk chunk;
@@ -147,7 +164,7 @@ struct mmopt_gathered {
     for (int n = 0; n < MMOPT_CHUNK / Bytes; ++n) {
       const unsigned char* from = gather(r, k / Bytes + n);
 #pragma unroll
-      for (int b = 0; b < Bytes; ++b) chunk.byte[b + n * Bytes] = 0;
+      for (int b = 0; b < Bytes; ++b) chunk.byte[b + n * Bytes] = Bytes == 1 ? fill : 0;
       if (from) {
         if constexpr (Bytes == 4) *reinterpret_cast<unsigned*>(chunk.byte + n * 4) = *reinterpret_cast<const unsigned*>(from);
         else if constexpr (Bytes == 2) *reinterpret_cast<unsigned short*>(chunk.byte + n * 2) = *reinterpret_cast<const unsigned short*>(from);
@@ -261,6 +278,7 @@ __device__ __forceinline__ void mmopt_step(typename mmopt_kind<Kind>::Sum* sum, 
         if constexpr (Kind == MMOPT_BF16) mmopt_mma_bf16(sum + (m * NT + n) * 4, a[m], b[n]);
         if constexpr (Kind == MMOPT_S8) mmopt_mma_s8(sum + (m * NT + n) * 4, a[m], b[n]);
         if constexpr (Kind == MMOPT_U8) mmopt_mma_u8(sum + (m * NT + n) * 4, a[m], b[n]);
+        if constexpr (Kind == MMOPT_S8U8) mmopt_mma_s8u8(sum + (m * NT + n) * 4, a[m], b[n]);
       }
   }
 }
@@ -391,12 +409,12 @@ template <int Kind, int WM, int WN, int MT, int NT, int Stages, int KH, int KW>
 __device__ __forceinline__ void mmopt_rows_by_windows(typename mmopt_kind<Kind>::Sum* sum, unsigned char* shared, const void* a, const void* b,
                                                       long long a_stride, long long image, int rows, int depth, int padded, int first, int pixels,
                                                       int height, int width, int out_height, int out_width, int stride_h, int stride_w,
-                                                      int dilation_h, int dilation_w, int before_h, int before_w) {
+                                                      int dilation_h, int dilation_w, int before_h, int before_w, int fill) {
   constexpr int size = mmopt_kind<Kind>::bytes;
   using Right = mmopt_gathered<mmopt_windows<size, KH, KW>, size>;
   mmopt_rows left{static_cast<const unsigned char*>(a), a_stride * size, rows, padded * size};
   Right right{{static_cast<const unsigned char*>(b), image, first, pixels, depth, height, width, out_height, out_width,
-               stride_h, stride_w, dilation_h, dilation_w, before_h, before_w}};
+               stride_h, stride_w, dilation_h, dilation_w, before_h, before_w}, static_cast<unsigned char>(fill)};
   mmopt_product<Kind, WM, WN, MT, NT, Stages>(sum, shared, left, right, depth * size);
 }
 
