@@ -39,8 +39,8 @@ class ModalityRecord:
 
     Attributes:
         tower: Its tower.
-        moved: Squared error of the outputs when it alone says anything, of their variance before: 0 when all is kept,
-            1 when nothing of it is left.
+        moved: How differently the outputs vary from sample to sample when it alone says anything: squared error, means
+            aside, of their variance before. 0 when all is kept, 1 when nothing of it is left.
         before: Metrics of the task with it alone, of the model as it was; empty without an evaluator.
         after: The same of the result.
     """
@@ -57,9 +57,7 @@ class ModalityRecord:
 
     def __str__(self) -> str:
         metrics = ", ".join(f"{name} {value:.4g} → {self.after[name]:.4g}" for name, value in self.before.items())
-        return f"{self.tower} alone: outputs moved by {self.moved:.2%} of their variance" + (
-            f", {metrics}" * bool(metrics)
-        )
+        return f"{self.tower} alone: outputs vary as before but for {self.moved:.2%}" + (f", {metrics}" * bool(metrics))
 
 
 def modality_report(
@@ -99,7 +97,7 @@ def modality_report(
             metrics: list[Mapping[str, float]] = [{}, {}]
             if evaluation is not None:
                 metrics = [evaluation.measure(_alone(run, blanks, tower)) for run in runs]
-            records.append(ModalityRecord(tower, outputs_moved(after, before), *metrics))
+            records.append(ModalityRecord(tower, outputs_moved(after, before, centered=True), *metrics))
     return records
 
 

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.profile import Profile
+from mmopt.ir.fingerprint import structure_hash
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions
 from mmopt.lowering.partition import partition
 from mmopt.lowering.program import ProgramBuilder
+
+_known: dict[tuple[str, str], float] = {}
+"""Predictions made in this process: who searches for a size asks for the same ones again."""
+
+_MOST = 100_000
 
 
 def predicted_cycles(module: Module, profile: Profile) -> float:
@@ -22,6 +28,15 @@ def predicted_cycles(module: Module, profile: Profile) -> float:
     Raises:
         UnsupportedError: A node runs neither natively nor in onnxruntime.
     """
+    key = (repr(profile), structure_hash(module.model))
+    if key not in _known:
+        if len(_known) >= _MOST:
+            _known.clear()
+        _known[key] = _predicted(module, profile)
+    return _known[key]
+
+
+def _predicted(module: Module, profile: Profile) -> float:
     builder = ProgramBuilder(profile, Chooser())
     partition(module, "main", builder, CompileOptions())
     records = builder.kernels.values()

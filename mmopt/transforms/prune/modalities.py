@@ -54,6 +54,14 @@ class Blanks:
         return blank if blank.shape == array.shape[1:] else np.asarray(blank.reshape(-1)[:1].reshape(()))
 
 
+def with_each_modality_alone(module: Module, batches: Sequence[Mapping[str, Array]]) -> list[Mapping[str, Array]]:
+    """The sets of inputs, and a quarter of them again with each modality alone: what a fit has to hold for as well."""
+    blanks = Blanks(module, batches)
+    more = [blanks.alone(feeds, tower) for tower in blanks.towers for feeds in batches[::4]]
+    # One after another in both halves of the data, as fits are judged by halves.
+    return [*batches, *more] if len(batches) > 1 else list(batches)
+
+
 def _typical(arrays: Sequence[Array]) -> Array:
     """The typical value of each element along the first axis; of all elements, where shapes differ."""
     same = len({array.shape[1:] for array in arrays}) == 1

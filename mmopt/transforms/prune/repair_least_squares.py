@@ -24,6 +24,7 @@ from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import tensor_of
 from mmopt.transforms.prune.linear_maps import LinearMap, linear_maps
+from mmopt.transforms.prune.modalities import with_each_modality_alone
 from mmopt.transforms.prune.observing import Sample, batches_of, levels, stream
 from mmopt.transforms.prune.padding import valid_rows
 from mmopt.transforms.prune.reference import Reference, reference_of
@@ -75,7 +76,7 @@ class RepairLeastSquares(Pass):
             return False
         if context.inputs is None:
             raise UserError("there is nothing to repair on", where=self.name, hint="give samples with --calib")
-        batches = batches_of(module, context.inputs, most=self.samples)
+        batches = with_each_modality_alone(module, batches_of(module, context.inputs, most=self.samples))
         repair = _Repair(module, reference, batches, bias_only=self.mode == "bias", seed=context.seed)
         fits = repair.run()
         for fit in fits:

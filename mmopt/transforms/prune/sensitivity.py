@@ -24,8 +24,14 @@ _LEAST = 1e-6
 """Damage below this is noise: groups that move nothing are told apart by the order of their units alone."""
 
 
-def outputs_moved(after: Sequence[Outputs], before: Sequence[Outputs]) -> float:
-    """Mean squared error of the outputs, of their variance across samples, averaged over outputs."""
+def outputs_moved(after: Sequence[Outputs], before: Sequence[Outputs], *, centered: bool = False) -> float:
+    """Mean squared error of the outputs, of their variance across samples, averaged over outputs.
+
+    Args:
+        after: Outputs on some sets of inputs.
+        before: What they were.
+        centered: Compare only how they differ from sample to sample, not their means.
+    """
     found = []
     for name, first in before[0].items():
         if not isinstance(first, np.ndarray) or first.dtype.kind != "f":
@@ -35,6 +41,8 @@ def outputs_moved(after: Sequence[Outputs], before: Sequence[Outputs]) -> float:
         finite = np.isfinite(wanted) & np.isfinite(actual)
         spread = np.where(finite, wanted - wanted.mean(axis=0, where=finite), 0.0)
         error = np.where(finite, actual - wanted, 0.0)
+        if centered:
+            error = np.where(finite, error - error.mean(axis=0), 0.0)
         found.append(float((error**2).sum() / max(float((spread**2).sum()), 1e-30)))
     return float(np.mean(found)) if found else 0.0
 
