@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -38,6 +39,7 @@ from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_er
 from mmopt.transforms.quantize.gptq import gptq, output_error
 from mmopt.transforms.quantize.layers import layers
 from mmopt.transforms.quantize.quantize import by_place, steps_upwards, within
+from mmopt.transforms.quantize.scales import magnitudes
 from mmopt.transforms.quantize.sensitivity import measure
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
@@ -399,6 +401,26 @@ class TestMigration:
         rows = np.abs(first.inputs[1].const_value.numpy()).max(axis=(1, 2, 3))  # type: ignore[union-attr]
         columns = np.abs(second.inputs[1].const_value.numpy()).max(axis=(0, 2, 3))  # type: ignore[union-attr]
         np.testing.assert_allclose(rows, columns, rtol=1e-3)
+
+    def test_a_layer_between_two_others_belongs_to_two_pairs(self) -> None:
+        def build() -> Module:
+            body = "a = MatMul(x, w) r = Relu(a) b = MatMul(r, v) s = Relu(b) y = MatMul(s, u)"
+            text = f"g (float[4,32] x, float[32,32] w, float[32,32] v, float[32,32] u) => (float[4,32] y) {{ {body} }}"
+            module = weights(module_from(text, opset=21), w=(32, 32), v=(32, 32), u=(32, 32))
+            random = np.random.default_rng(0)
+            for name in "wvu":
+                data = random.standard_normal((32, 32)) * np.exp(random.standard_normal(32))
+                module.graph.initializers[name].const_value = ir.tensor(data.astype(np.float32), name=name)
+            return module
+
+        module, x = build(), {"x": feeds()[0]}
+        assert EqualizeLayers(rounds=30).run(module, PassContext())
+        want = evaluate(build(), x)["y"]
+        np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-4 * np.abs(want).max())
+        found = list(layers(module))
+        for first, second in itertools.pairwise(found):
+            np.testing.assert_allclose(magnitudes(first, out=True), magnitudes(second), rtol=0.02)
+        assert sum(value.is_initializer() for value in module.graph.initializers.values()) == 3
 
     def test_what_a_scale_does_not_pass_is_left_alone(self) -> None:
         body = "a = MatMul(x, w) r = Tanh(a) y = MatMul(r, v)"

@@ -23,8 +23,8 @@ def limited(scales: Array) -> Array:
 
 
 def weight_of(layer: Layer) -> Array:
-    """The weight of a layer, float64."""
-    tensor = tensor_of(layer.weight)
+    """The weight that a layer reads now, float64."""
+    tensor = tensor_of(layer.node.inputs[1])
     assert tensor is not None
     return np.asarray(tensor.numpy()).astype(np.float64)
 
