@@ -36,6 +36,8 @@ _WARM_UP, _LAST_RATE, _LARGEST_STEP = 0.05, 0.02, 1.0
 _TIMED_STEPS, _TOO_LONG = 3, 1.2
 _LARGEST_WEIGHT = 1e4
 """A constant with larger elements is a mask, not a weight."""
+_SPARSE = 0.1
+"""Share of zeros from which a weight is sparse."""
 _STEERING = {"BatchNormalization": (3, 4), "QuantizeLinear": (1,), "DequantizeLinear": (1,), "Resize": (1, 2)}
 """Inputs of operators that are statistics or settings."""
 
@@ -197,7 +199,9 @@ class _Run:
         self._parameters = []
         for path, parameter in self._lesson.graph.named_parameters():
             parameter.requires_grad_(names[path] in self._trained)
-            self._parameters += [parameter] if names[path] in self._trained else []
+            if names[path] in self._trained:
+                self._parameters.append(parameter)
+                _keep_zeros(parameter)
         if not self._parameters:
             raise UserError("there is no weight to train", hint="no floating-point weight is left unfrozen")
         torch.manual_seed(settings.seed)
@@ -391,6 +395,13 @@ def _lesson(student: Module, teacher: Module, settings: Distillation, labels: Ar
         labelled=settings.labelled,
         weights=(settings.output_weight, settings.feature_weight, settings.task_weight),
     )
+
+
+def _keep_zeros(parameter: Any) -> None:
+    """Have the zeros of a sparse weight stay: they are what pruning has gained."""
+    alive = parameter.detach() != 0
+    if float(alive.float().mean()) < 1 - _SPARSE:
+        parameter.register_hook(lambda gradient: gradient * alive)
 
 
 def _trainable(module: Module, freeze: tuple[str, ...]) -> set[str]:

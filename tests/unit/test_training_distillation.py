@@ -254,6 +254,47 @@ def test_outputs_without_namesake_are_told(teacher: Module) -> None:
         distill(other, teacher, _samples())
 
 
+# -- the pass ---------------------------------------------------------------------------------------------------
+
+
+def test_the_pass_learns_from_what_was_pruned(teacher: Module, tmp_path: pathlib.Path) -> None:
+    """After a pass that cuts, in one pipeline, with the module before the cut as the teacher."""
+    passes = ["prune-structured{share=40%,step=1}", "distill{epochs=10,rate=0.005}"]
+    cut, both = (mmopt.optimize(teacher, passes=passes[:n], samples=_samples(), level=0) for n in (1, 2))
+    assert [record.name for record in both.report.passes if record.status == "applied"][-1] == "distill"
+    assert "fell from" in next(remark.message for remark in both.module.remarks if remark.source == "distill")
+    assert sum(v.const_value.size for v in both.module.graph.initializers.values()) < 0.7 * (16 * 32 + 32 + 32 * 4)
+    unseen = _samples(64, seed=9)
+    assert _error(both.module, teacher, unseen) < 0.7 * _error(cut.module, teacher, unseen)
+
+
+def test_the_pass_takes_a_teacher_from_a_file(teacher: Module, tmp_path: pathlib.Path) -> None:
+    student, unseen = _damaged(teacher), _samples(64, seed=9)
+    spec = f'distill{{teacher="{tmp_path / "teacher.onnx"}",epochs=8,rate=0.005,freeze=[b]}}'
+    result = mmopt.optimize(student, passes=[spec], samples=_samples(), level=0)
+    assert _error(result.module, teacher, unseen) < 0.4 * _error(student, teacher, unseen)
+    assert _bytes(result.module)["b"] == _bytes(student)["b"]
+
+
+def test_the_pass_needs_a_teacher_and_samples(teacher: Module, tmp_path: pathlib.Path) -> None:
+    result = mmopt.optimize(teacher, passes=["distill"], samples=_samples(), level=0)
+    assert "no teacher is given" in next(
+        remark.message for remark in result.module.remarks if remark.source == "distill"
+    )
+    with pytest.raises(UserError, match="distillation needs samples"):
+        mmopt.optimize(teacher, passes=[f'distill{{teacher="{tmp_path / "teacher.onnx"}"}}'], level=0)
+
+
+def test_zeros_of_a_sparse_weight_stay(teacher: Module) -> None:
+    student = _damaged(teacher)
+    value = student.graph.initializers["w1"]
+    sparse = value.const_value.numpy() * (np.random.default_rng(2).random((16, 32)) < 0.5)
+    value.const_value = ir.tensor(sparse.astype(np.float32), name="w1")
+    made = distill(student, teacher, _samples(), settings=SETTINGS).module.graph.initializers["w1"].const_value.numpy()
+    np.testing.assert_array_equal(made == 0, sparse == 0)
+    assert not np.array_equal(made, sparse)
+
+
 # -- command line ----------------------------------------------------------------------------------------------
 
 

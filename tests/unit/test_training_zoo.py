@@ -22,6 +22,8 @@ from mmopt.training.tensors import feed, to_numpy  # noqa: E402
 FAST = ("fusion-concat", "fusion-scatter", "siamese")
 SLOW = [name for name in ZOO if name not in FAST]
 KINDS = ("static", "dynamic")
+FOLDED = {"fusion-weighted": {"join.weights"}}
+"""Parameters that the exporter computes with, so that the file has only the result: a softmax of constants."""
 
 
 def _models(*names: str) -> list[Any]:
@@ -103,7 +105,7 @@ def test_gradients_are_those_of_the_torch_module(name: str, exported: Callable[.
         want = parameter.grad.numpy()
         scale = max(float(np.abs(want).max()), 1e-4 * largest)
         assert np.abs(found - want).max() <= 2e-3 * scale, key
-    assert len(unmatched) <= len(theirs) * 0.02, unmatched
+    assert set(unmatched) == FOLDED.get(name, set())
 
 
 def _as_exported(network: Any, *, fold: bool) -> Any:
