@@ -71,6 +71,7 @@ def compile_module(
     return Program(
         library=library,
         weights=builder.weights,
+        encoded=builder.encoded,
         entries=done,
         fallback_models=dict(fallback),  # type: ignore[arg-type]
         target=profile.to_dict(),

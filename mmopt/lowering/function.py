@@ -31,8 +31,8 @@ from mmopt.lowering.values import (
 )
 
 REMEMBERING = frozenset(
-    {"Attention", "Cast", "Concat", "Conv", "ConvTranspose", "GRU", "Gemm", "LSTM", "MatMul", "MaxPool"}
-    | {"QuantizeLinear", "RNN", "Reshape", "Transpose"}
+    {"Attention", "Cast", "Concat", "Conv", "ConvTranspose", "GRU", "Gather", "Gemm", "LSTM", "MatMul"}
+    | {"MaxPool", "QuantizeLinear", "RNN", "Reshape", "Transpose"}
 )
 """Operators that use what a deferred value was made from, or hand it on. All others get it in memory."""
 

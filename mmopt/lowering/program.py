@@ -18,7 +18,16 @@ from mmopt.backends.cpu.emit import Kernel
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 from mmopt.lowering.targets import emitter_for, templates_for
-from mmopt.lowering.values import ConstantSource, NotLowered, Value, dtype_name, narrow_bits
+from mmopt.lowering.values import (
+    ConstantSource,
+    NotLowered,
+    Quantized,
+    Value,
+    Widened,
+    dtype_name,
+    narrow_bits,
+)
+from mmopt.runtime.encoded import Encoded
 
 
 class ProgramBuilder:
@@ -31,6 +40,7 @@ class ProgramBuilder:
         kernels: One record for each distinct kernel, for reports.
         built: The kernels themselves, by name.
         weights: Weight arrays by key, as the kernels want them.
+        encoded: The form in which some of them are stored.
     """
 
     def __init__(self, profile: Profile, chooser: Chooser | None = None) -> None:
@@ -40,11 +50,13 @@ class ProgramBuilder:
         self.kernels: dict[str, dict[str, Any]] = {}
         self.built: dict[str, Kernel] = {}
         self.weights: dict[str, np.ndarray] = {}
+        self.encoded: dict[str, Encoded] = {}
         self._registry = relax.BlockBuilder()
         self._functions: dict[str, relax.Function] = {}
         self._constants: dict[int, tuple[ir.TensorProtocol, Value]] = {}
         self._packed: dict[tuple[int, Hashable], tuple[np.ndarray, ConstantSource]] = {}
         self._keys: dict[ConstantSource, str] = {}
+        self._widened: dict[int, tuple[np.ndarray, Value]] = {}
         self._names: set[str] = set()
 
     def unique(self, hint: str) -> str:
@@ -132,6 +144,29 @@ class ProgramBuilder:
             self._constants[id(tensor)] = (tensor, value)
         return self._constants[id(tensor)][1]
 
+    def widened(self, known: Quantized, name: str) -> Value | None:
+        """The float32 constant that was dequantized to ``known``, which the artifact stores in integers.
+
+        Returns:
+            ``None`` when integers or scales are not known, or there are zero points.
+        """
+        data, scale = known.value.constant, known.scale.constant
+        if data is None or scale is None or data.dtype != np.int8 or scale.dtype != np.float32:
+            return None
+        if known.zero is not None and (known.zero.constant is None or known.zero.constant.any()):
+            return None
+        if id(data) not in self._widened:
+            if known.block:
+                wide = scale.repeat(known.block, known.axis).take(range(data.shape[known.axis]), known.axis)
+            else:
+                around = [1] * data.ndim
+                around[known.axis if scale.size > 1 else 0] = -1
+                wide = np.broadcast_to(scale.reshape(around), data.shape)
+            value = Value(constant=data.astype(np.float32) * wide, name=name)
+            value.widened = Widened(data, wide, known.value.bits or 8)
+            self._widened[id(data)] = data, value
+        return self._widened[id(data)][1]
+
     def packed(self, value: Value, key: Hashable, pack: Callable[[np.ndarray], np.ndarray]) -> ConstantSource:
         """A weight rearranged at compile time, made once for each (weight, ``key``).
 
@@ -144,6 +179,7 @@ class ProgramBuilder:
         at = (id(value.constant), key)
         if at not in self._packed:
             made = ConstantSource(np.ascontiguousarray(pack(value.constant)), value.name)
+            made.widened = None if value.widened is None else _packed_alike(value.widened, pack, made.data)
             self._packed[at] = value.constant, made  # the array stays alive, for another one would get its id
         return self._packed[at][1]
 
@@ -155,8 +191,21 @@ class ProgramBuilder:
                 number += 1
                 key = f"{source.name}.{number}"
             self.weights[key] = source.data
+            if source.widened is not None:
+                form = source.widened
+                encoded = Encoded.of(form.integers, form.scales, form.bits)
+                if encoded.nbytes < source.data.nbytes:
+                    self.encoded[key] = encoded
             self._keys[source] = key
         return self._keys[source]
+
+
+def _packed_alike(form: Widened, pack: Callable[[np.ndarray], np.ndarray], want: np.ndarray) -> Widened | None:
+    """The integers and scales of a weight after ``pack``, unless that does more than move and fill up."""
+    integers, scales = pack(form.integers), pack(np.ascontiguousarray(form.scales))
+    if integers.dtype != np.int8 or not np.array_equal(integers.astype(np.float32) * scales, want):
+        return None
+    return Widened(integers, scales, form.bits)
 
 
 def _traffic(kernel: Kernel) -> int | None:

@@ -89,12 +89,28 @@ def narrow_bits(dtype: ir.DataType | None) -> int | None:
     return _NARROW[dtype][1] if dtype in _NARROW else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Widened:
+    """What a float32 constant was dequantized from: ``integers · scales``, each of its shape.
+
+    Attributes:
+        integers: int8.
+        scales: float32.
+        bits: 8, or 4 when the integers have no more.
+    """
+
+    integers: np.ndarray
+    scales: np.ndarray
+    bits: int
+
+
 class ConstantSource(Source):
     """A weight: a kernel parameter whose data is known at compile time and stored in the artifact."""
 
     def __init__(self, data: np.ndarray, name: str) -> None:
         super().__init__(data.shape, str(data.dtype), name)
         self.data = data
+        self.widened: Widened | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +150,7 @@ class Value:
         blocked: The same data as ``[N, C/B, *space, B]``, where a convolution made it in that layout.
         narrow: The narrower floats this value was widened from, of the same shape.
         quantized: The integers this value was dequantized from, of the same shape.
+        widened: For a constant that was dequantized at compile time: from what. The artifact stores that.
         elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
     """
 
@@ -153,6 +170,7 @@ class Value:
         self.bits: int | None = None
         self.narrow: Value | None = None
         self.quantized: Quantized | None = None
+        self.widened: Widened | None = None
         self._elements = elements
         if tensor is not None:
             self.shape, self.dtype = tensor.shape, tensor.dtype

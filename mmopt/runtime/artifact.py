@@ -1,6 +1,6 @@
 """What a compiler hands over (:class:`Program`) and what a manifest holds: entry points made of segments.
 
-This module is the contract between compiler and runtime. It imports numpy and the standard library only.
+This module is the contract between compiler and runtime. It imports numpy, the standard library and other plain data only.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from mmopt.runtime.encoded import Encoded
 
 SCHEMA_VERSION = 1
 """Version of the manifest's layout; a runtime refuses artifacts with a greater one."""
@@ -160,6 +162,7 @@ class Program:
         target: What it was compiled for: ``name``, ``triple``, ``cpu``, ``features`` (list of ISA feature names), …
         kernels: One record a kernel, for ``mmopt inspect``.
         notes: What the compiler has to say, one sentence each (what fell back and why).
+        encoded: The form in which some of the weights are stored, by key.
     """
 
     library: bytes | pathlib.Path | None
@@ -169,3 +172,4 @@ class Program:
     target: dict[str, Any] = dataclasses.field(default_factory=dict)
     kernels: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
+    encoded: dict[str, Encoded] = dataclasses.field(default_factory=dict)

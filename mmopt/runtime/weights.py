@@ -18,10 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mmopt.errors import LoadError
+from mmopt.runtime.encoded import Encoded
 from mmopt.runtime.tensors import ALIGNMENT, Array, dtype_name, numpy_dtype
 
 PADDING = "__padding__."
 """Prefix of the names of tensors that only fill gaps."""
+
+INTEGERS, SCALES, FACTS = "__integers__.", "__scales__.", "__encoded__."
+"""Prefixes of the parts of a weight that is stored in integers: two tensors, and an entry of the metadata."""
 
 _MAX_HEADER = 100 << 20
 _CODES = {
@@ -44,14 +48,18 @@ _CODES = {
 _NAMES = {code: name for name, code in _CODES.items()}
 
 
-def write_weights(weights: Mapping[str, Array], path: pathlib.Path) -> None:
+def write_weights(
+    weights: Mapping[str, Array], path: pathlib.Path, encoded: Mapping[str, Encoded] | None = None
+) -> None:
     """Write ``weights``, each starting at a multiple of :data:`~mmopt.runtime.tensors.ALIGNMENT` bytes of the file.
 
-    Dtypes the format does not have are stored as bytes; their names stand in its metadata.
+    Dtypes the format does not have are stored as bytes; their names stand in its metadata. A weight with an entry in
+    ``encoded`` is stored in that form.
     """
     header: dict[str, Any] = {}
     other_dtypes: dict[str, str] = {}
     offset = 0
+    weights = dict(_taken_apart(weights, encoded or {}, other_dtypes))
     for name, array in weights.items():
         dtype = dtype_name(array)
         shape = list(array.shape)
@@ -77,6 +85,20 @@ def write_weights(weights: Mapping[str, Array], path: pathlib.Path) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in weights.values():
             _write_array(file, array)
+
+
+def _taken_apart(
+    weights: Mapping[str, Array], encoded: Mapping[str, Encoded], metadata: dict[str, str]
+) -> Iterator[tuple[str, Array]]:
+    """The tensors to write; what puts encoded ones together again goes into ``metadata``."""
+    for name, array in weights.items():
+        if name not in encoded:
+            yield name, array
+            continue
+        integers, scales, facts = encoded[name].parts()
+        metadata[FACTS + name] = json.dumps(facts)
+        yield INTEGERS + name, integers
+        yield SCALES + name, scales
 
 
 def _write_array(file: BinaryIO, array: Array) -> None:
@@ -106,18 +128,28 @@ def map_weights(path: pathlib.Path, offset: int = 0, size: int | None = None) ->
         mapped = mmap.mmap(file.fileno(), size + offset - page_start, access=mmap.ACCESS_COPY, offset=page_start)
     data = np.frombuffer(mapped, np.uint8)[offset - page_start :]
     try:
-        return dict(_views(data))
+        return _put_together(*_views(data))
     except (KeyError, TypeError, ValueError) as error:
         raise LoadError(f"the weight file is damaged: {error}", where=str(path)) from error
 
 
-def _views(data: Array) -> Iterator[tuple[str, Array]]:
+def _put_together(tensors: dict[str, Array], metadata: Mapping[str, str]) -> dict[str, Array]:
+    """The weights: encoded ones are decoded into memory of their own."""
+    for name in [key.removeprefix(FACTS) for key in metadata if key.startswith(FACTS)]:
+        parts = tensors.pop(INTEGERS + name), tensors.pop(SCALES + name)
+        tensors[name] = Encoded.joined(*parts, json.loads(metadata[FACTS + name])).decoded()
+    return tensors
+
+
+def _views(data: Array) -> tuple[dict[str, Array], dict[str, str]]:
+    """The tensors in the file, and its metadata."""
     (length,) = struct.unpack("<Q", data[:8].tobytes())
     if length > min(_MAX_HEADER, data.nbytes - 8):
         raise ValueError(f"its header claims {length} bytes")
     header = json.loads(data[8 : 8 + length].tobytes())
     other_dtypes = header.pop("__metadata__", {})
     body = data[8 + length :]
+    found: dict[str, Array] = {}
     for name, entry in header.items():
         if name.startswith(PADDING):
             continue
@@ -129,4 +161,5 @@ def _views(data: Array) -> Iterator[tuple[str, Array]]:
         kind = numpy_dtype(dtype)
         if not 0 <= start <= end <= body.nbytes or math.prod(shape) * kind.itemsize != end - start:
             raise ValueError(f"tensor {name!r} claims bytes {start} to {end} for {dtype}{shape}")
-        yield name, body[start:end].view(kind).reshape(shape)
+        found[name] = body[start:end].view(kind).reshape(shape)
+    return found, other_dtypes

@@ -104,7 +104,7 @@ class ArtifactWriter:
         if program.library is not None:
             self.add(folder + LIBRARY, program.library)
         if weights:
-            self.add(folder + WEIGHTS, lambda path: write_weights(weights, path))
+            self.add(folder + WEIGHTS, lambda path: write_weights(weights, path, program.encoded))
         for name, source in program.fallback_models.items():
             self.add(folder + name, source)
 

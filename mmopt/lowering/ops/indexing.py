@@ -10,7 +10,7 @@ from mmopt.backends.compute import Map
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.ops.extents import axis_attr, i64, integers, known, named, nonnegative, settled
 from mmopt.lowering.registry import OpNode, lowers
-from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Value, from_elements
+from mmopt.lowering.values import MAX_ELEMENTS, NotLowered, Quantized, Value, from_elements
 
 
 def bounded(position: Expr, extent: Expr) -> Expr:
@@ -33,6 +33,13 @@ def gather(node: OpNode) -> Value:
         picked = np.array([int(e.value) for e in positions.flat], dtype=int).reshape(positions.shape)
         if values.size // max(values.shape[axis], 1) * picked.size <= MAX_ELEMENTS:
             return from_elements(np.take(values, picked, axis=axis), data.dtype)
+    known = data.quantized
+    if known is not None and known.value.constant is not None and indices.constant is None:
+        data = _halves(node, known) or data  # what is looked up is dequantized, and nothing else
+    elif data.deferred and not node.context.lazy:
+        node.context.realize([data], "operand")
+    if indices.deferred and not node.context.lazy:
+        node.context.realize([indices], "operand")
     for value in (data, indices):
         node.context.tensor(value)
     single = positions.flat[0] if positions is not None and positions.size == 1 else None
@@ -43,6 +50,34 @@ def gather(node: OpNode) -> Value:
         return data.tensor[(*at[:axis], bounded(position, data.shape[axis]), *at[last:])]
 
     return Value(Map(shape, data.dtype, body, "gather"), name=node.name)
+
+
+def _halves(node: OpNode, known: Quantized) -> Value | None:
+    """A table of 4-bit integers, two to a byte in memory, dequantized where it is read.
+
+    Returns:
+        ``None`` for other tables: they are read as they are stored.
+    """
+    data, scale = known.value.constant, known.scale
+    if known.value.bits != 4 or data is None or data.ndim != 2 or data.shape[1] % 2 or data.dtype != np.int8:
+        return None
+    if not known.block or known.axis != 1 or (known.zero is not None and not _is_zero(known.zero)):
+        return None
+    pairs = lambda table: (table.view(np.uint8)[:, ::2] & 15) | (table.view(np.uint8)[:, 1::2] << 4)  # noqa: E731
+    table = node.context.program.packed(known.value, "pairs", pairs)
+    node.context.tensor(scale)
+
+    def body(row: Expr, column: Expr) -> Expr:
+        byte = table[row, tirx.floordiv(column, i64(2))].astype("int32")
+        half = tirx.bitwise_and(tirx.shift_right(byte, (tirx.floormod(column, i64(2)) * 4).astype("int32")), 15)
+        signed = tirx.bitwise_xor(half, tirx.const(8, "int32")) - tirx.const(8, "int32")
+        return signed.astype("float32") * scale.tensor[row, tirx.floordiv(column, i64(known.block))]
+
+    return Value(Map(data.shape, "float32", body, "table"), name=known.value.name)
+
+
+def _is_zero(zero: Value) -> bool:
+    return zero.constant is not None and not zero.constant.any()
 
 
 @lowers("GatherElements")

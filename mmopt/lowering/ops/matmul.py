@@ -102,7 +102,10 @@ def packed_product(node: OpNode, a: Value, b: Value, weight: np.ndarray, key: st
     workload = _workload("packed", a.dtype, index(1), rows, index(weight.shape[1]), index(weight.shape[0]))
     blocking = choose_blocking(context.program.profile, context.program.chooser, workload)
     width = blocking.tile.columns
-    panels = context.program.packed(b, ("panels", key, width), lambda _: pack_panels(weight, width))
+    same_data = weight is b.constant  # what the constant was dequantized from can be packed alike
+    panels = context.program.packed(
+        b, ("panels", key, width), lambda data: pack_panels(data if same_data else weight, width)
+    )
     nest = Matmul(
         context.tensor(flat),
         panels,

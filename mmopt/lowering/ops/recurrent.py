@@ -84,8 +84,10 @@ def activation(name: str, alpha: float | None, beta: float | None) -> Activation
     return table[name.lower()]
 
 
-def stored(weight: Value) -> Value:
-    """A weight as it is stored: narrow, when it is a constant that was widened."""
+def stored(node: OpNode, weight: Value) -> Value:
+    """A weight as it is stored: narrow, when it is a constant that was widened; floats, when it was dequantized."""
+    if weight.quantized is not None:
+        return node.context.program.widened(weight.quantized, weight.quantized.value.name) or weight
     return weight.narrow if weight.narrow is not None and weight.narrow.constant is not None else weight
 
 
@@ -94,7 +96,7 @@ class _Layer:
 
     def __init__(self, node: OpNode, gates: int, defaults: Sequence[str]) -> None:
         self.node, self.gates = node, gates
-        x, self.w, self.r = node.input(0), stored(node.input(1)), stored(node.input(2))
+        x, self.w, self.r = node.input(0), stored(node, node.input(1)), stored(node, node.input(2))
         if x.dtype not in ("float32", "float64"):
             raise NotLowered(f"recurrent operator in {x.dtype}")
         self.batch_first = bool(node.attr("layout", 0))
@@ -162,11 +164,11 @@ class _Layer:
     def _arranged_input_weight(self, width: int) -> Value:
         depth = self.x.shape[2]
         if self.w.constant is not None:
-            data = self.arrange(self.w.constant, range(self.gates))
             key = ("input", self.gates, self.lanes)
-            pack = lambda _: np.moveaxis(data, -1, 0).reshape(-1, width)  # noqa: E731
+            pack = lambda w: np.moveaxis(self.arrange(w, range(self.gates)), -1, 0).reshape(-1, width)  # noqa: E731
             packed = self.node.context.program.packed(self.w, key, pack)
             made = Value(constant=packed.data, name=f"{self.w.name}.arranged")
+            made.widened = packed.widened
             if made.dtype == self.x.dtype:
                 return made
             narrow = self.x.narrow is not None and self.x.narrow.dtype == made.dtype

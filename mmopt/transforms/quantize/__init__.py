@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mmopt.transforms.quantize.compress_weights import CompressWeights
 from mmopt.transforms.quantize.equalize_layers import EqualizeLayers
 from mmopt.transforms.quantize.protect_weights import ProtectWeights
 from mmopt.transforms.quantize.quantize import Quantize
@@ -11,6 +12,7 @@ from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
 
 __all__ = [
+    "CompressWeights",
     "EqualizeLayers",
     "ProtectWeights",
     "Quantize",
