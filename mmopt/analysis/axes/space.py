@@ -205,7 +205,9 @@ class Space:
             reasons.update(dict.fromkeys(map(self.find, (product.whole, *product.parts)), _MERGED))
         for part in self.parts:
             reasons.update(dict.fromkeys(map(self.find, (part.whole, part.piece)), _MERGED))
-        reasons.update({self.find(axis): _MERGED for axis, _ in self.readings})
+        reasons.update(
+            {self.find(axis): _MERGED for axis, reading in self.readings if reading.what is not Role.PARAMETER}
+        )
         for whole, parts in self.factors.items():
             if whole in reasons:
                 self.freeze_all(parts, reasons[whole])

@@ -66,7 +66,7 @@ def conv_transpose(node: ir.Node, space: Space) -> None:
     if groups == 1:
         space.same(w[1], y[1])
     else:
-        _grouped(node, space, groups, ((w[0], None), (y[1], w[1])))
+        space.kind(_grouped(node, space, groups, ((w[0], None), (y[1], w[1]))), "groups")
     if is_constant(node.inputs[1]):
         space.reads(node, 1, 1, Role.PRODUCER)
         space.reads(node, 1, 0, Role.CONSUMER)

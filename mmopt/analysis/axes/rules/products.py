@@ -141,8 +141,13 @@ def _einsum_sums(node: ir.Node, space: Space, terms: list[str], result: str) -> 
         operand = next((k for k in holders if is_constant(node.inputs[k])), holders[0])
         space.reads(node, operand, terms[operand].index(letter), Mixing.ZERO)
     if len(terms) > 1 and not any(is_constant(value) for value in node.inputs):
-        for operand, term in enumerate(terms):
-            axes = space.operand(node, operand)
-            for axis, letter in enumerate(term):
-                if letter not in result:
-                    space.kind(axes[axis], "head size")
+        _einsum_kinds(node, space, terms, result)
+
+
+def _einsum_kinds(node: ir.Node, space: Space, terms: list[str], result: str) -> None:
+    """Letters that all activations and the result have are heads; those summed over are their size."""
+    for operand, term in enumerate(terms):
+        for axis, letter in enumerate(term):
+            kind = "head size" if letter not in result else "heads" if all(letter in t for t in terms) else ""
+            if kind:
+                space.kind(space.operand(node, operand)[axis], kind)

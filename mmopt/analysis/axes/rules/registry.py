@@ -7,9 +7,13 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from mmopt.analysis.axes.space import Space
+from mmopt.analysis.operators import STEERING_INPUTS
 from mmopt.analysis.shape_rules import ONNX_DOMAINS
 
 AxisRule = Callable[[ir.Node, Space], None]
+
+_STEERED_BY_DATA = frozenset({"Attention", "Clip", "Dropout", "RotaryEmbedding", "Where"})
+"""Operators whose steering inputs are tensors with axes of the data (masks, tables) or scalars, not lists of sizes."""
 
 RULES: dict[str, AxisRule] = {}
 """By operator of the default domain."""
@@ -36,6 +40,9 @@ def apply_rule(node: ir.Node, space: Space) -> None:
         space.unknown(node, f"a shape at {name} is not known")
     else:
         rule(node, space)
+        for index in () if node.op_type in _STEERED_BY_DATA else STEERING_INPUTS.get(node.op_type, ()):
+            if present(node, index):
+                space.freeze_all(space.operand(node, index), f"{name} is steered by it")
 
 
 def present(node: ir.Node, index: int) -> bool:

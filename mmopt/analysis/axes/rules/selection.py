@@ -15,7 +15,9 @@ from mmopt.analysis.axes.space import Space
 @axis_rule("Constant", "Shape", "Size", "Range", "EyeLike", "NonZero", "RandomNormal", "RandomUniform")
 def source(node: ir.Node, space: Space) -> None:
     """Results that have nothing to do with the axes of operands, or are sizes, which are followed elsewhere."""
-    if node.op_type not in ("Constant", "Shape", "Size"):
+    if node.op_type in ("Shape", "Size"):
+        space.freeze_all(space.of(node.outputs[0]), f"{node.op_type} makes it")
+    elif node.op_type != "Constant":
         space.unknown(node, f"{node.op_type} makes it")
 
 
