@@ -68,7 +68,7 @@ class Distillation:
     epochs: float | None = None
     minutes: float | None = None
     batch: int = 16
-    rate: float = 5e-4
+    rate: float = 1e-3
     outputs: tuple[str, ...] | None = None
     features: tuple[str, ...] | None = None
     classes: tuple[str, ...] = ()

@@ -19,7 +19,7 @@ from mmopt.ir.module import Module, save_model  # noqa: E402
 from mmopt.training import parameter_names, to_fx, update_weights  # noqa: E402
 from mmopt.training.tensors import feed, to_numpy  # noqa: E402
 
-FAST = ("fusion-concat", "fusion-scatter", "siamese")
+FAST = ("fusion-concat",)
 SLOW = [name for name in ZOO if name not in FAST]
 KINDS = ("static", "dynamic")
 FOLDED = {"fusion-weighted": {"join.weights"}}
@@ -149,7 +149,8 @@ def _counterpart(key: str, parameter: Any, mine: dict[str, Any]) -> np.ndarray |
     for candidate in candidates:
         held = candidate.detach().numpy()
         for view in _views(held.shape, value.shape):
-            if np.allclose(view(held), value, rtol=1e-5, atol=1e-6):
+            seen = view(held)
+            if np.allclose(seen.flat[:4], value.flat[:4], 1e-5, 1e-6) and np.allclose(seen, value, 1e-5, 1e-6):
                 grad = np.zeros_like(held) if candidate.grad is None else candidate.grad.numpy()
                 return view(grad)
     return None

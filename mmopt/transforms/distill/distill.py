@@ -43,7 +43,7 @@ class Distill(Pass):
     epochs: float | None = None
     minutes: float | None = None
     batch: int = 16
-    rate: float = 5e-4
+    rate: float = 1e-3
     features: tuple[str, ...] = ()
     feature_weight: float = 0.5
     classes: tuple[str, ...] = ()
