@@ -36,8 +36,11 @@ class Templates(Protocol):
         mask: Value | None,
         lengths: Value | None,
         rules: Rules,
+        order: str,
     ) -> Value:
-        """Attention of queries, keys and values ``[batch, heads, sequence, size]``, in the order the operator gives.
+        """Attention of queries, keys and values ``[batch, heads, sequence, size]``.
+
+        The result has the axes that ``order`` names: ``bhsd``, ``bshd``, or ``bsm`` with heads and sizes in one.
 
         Raises:
             NotLowered: The standard's definition has to do.

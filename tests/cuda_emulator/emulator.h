@@ -402,6 +402,20 @@ inline void mmopt_mma_s8u8(int* d, const unsigned* a, const unsigned* b) {
   auto widen = [](auto v) { return static_cast<int>(v); };
   emulator::multiply<int8_t, int, decltype(widen), uint8_t>(d, a, b, widen);
 }
+inline unsigned mmopt_pack_f16(float low, float high) {
+  _Float16 pair[2] = {static_cast<_Float16>(low), static_cast<_Float16>(high)};
+  unsigned r;
+  std::memcpy(&r, pair, 4);
+  return r;
+}
+inline unsigned mmopt_pack_bf16(float low, float high) {
+  return nv_bfloat16(low).bits | static_cast<unsigned>(nv_bfloat16(high).bits) << 16;
+}
+inline float mmopt_from_f16(unsigned short bits) {
+  _Float16 v;
+  std::memcpy(&v, &bits, 2);
+  return static_cast<float>(v);
+}
 inline unsigned mmopt_to_tf32(float x) {
   unsigned u;
   std::memcpy(&u, &x, 4);

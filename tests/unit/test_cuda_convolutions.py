@@ -5,11 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mmopt.backends.cuda.kernels import product
+from mmopt.backends.cuda.kernels.product import TILES, Tile
+from mmopt.backends.cuda.pipeline import compiled_kernels
 from tests.cuda_emulator import Emulated, available
 from tests.operators import example, numbers
 from tests.programs import Example, grouped
 from tests.unit.test_cuda_emulated import wrong_answers
-from tests.unit.test_cuda_products import with_weight
+from tests.unit.test_cuda_products import toolkit, with_weight
 
 pytestmark = pytest.mark.skipif(not available, reason="needs g++, to compile what a GPU would run")
 
@@ -74,3 +77,21 @@ def test_narrow_floats_and_what_follows() -> None:
     assert not wrong_answers([case], tolerance=1e-6)
     source = Emulated({"main": grouped(case.model)}).generated.source
     assert "MMOPT_F16" in source
+
+
+@toolkit
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.rows}x{t.columns}")
+@pytest.mark.parametrize("dtype", ["float16", "float32", "int8"])
+def test_machine_code_spills_nothing(dtype: str, tile: Tile, monkeypatch: pytest.MonkeyPatch) -> None:
+    if dtype == "float32" and tile.mt * tile.nt > 4:
+        pytest.skip("convolutions of floats do not use this tile")
+    monkeypatch.setattr(product, "TILES", (tile,))
+    if dtype == "int8":
+        case = quantized(np.int8, 0, "1, 1, 1, 1")
+    else:
+        feeds = {"x": numbers(1, 64, 14, 14, dtype=dtype), "w": numbers(64, 64, 3, 3, dtype=dtype)}
+        case = with_weight(example("t = Conv <pads = [1, 1, 1, 1]> (x, w) y = Relu (t)", feeds))
+    made = compiled_kernels(Emulated({"main": grouped(case.model)}).generated, 80)
+    (name,) = [n for n in made.resources if "Conv" in n]
+    assert (made.resources[name].spills, made.resources[name].stack) == (0, 0)

@@ -95,6 +95,7 @@ def compile_source(source: str, sm: int) -> Compiled:
         f"--gpu-architecture=sm_{sm}",
         "--std=c++17",
         "--ptxas-options=-v",
+        "--disable-warnings",
         "--extra-device-vectorization",
         f"-I{include}",
         f"-I{include / 'cccl'}",

@@ -30,8 +30,8 @@ from mmopt.errors import BackendError
 
 _CPU, _CUDA = 1, 2  # DLPack's kinds of devices
 _FIRST_KERNEL = 'extern "C" __global__'
-DEVICE_CODE = pathlib.Path(__file__).parent / "kernels" / "products.cuh"
-"""Functions that templates call."""
+DEVICE_CODE = ("products.cuh", "attention.cuh")
+"""Files with functions that templates call, in the order in which they are included."""
 _PLACEHOLDER = b"mmopt: machine code goes here"
 
 
@@ -133,7 +133,8 @@ def with_device_code(source: str) -> str:
     if "mmopt_" not in source:
         return source
     start = source.index(_FIRST_KERNEL)
-    return source[:start] + DEVICE_CODE.read_text(encoding="utf-8") + source[start:]
+    folder = pathlib.Path(__file__).parent / "kernels"
+    return source[:start] + "".join((folder / n).read_text(encoding="utf-8") for n in DEVICE_CODE) + source[start:]
 
 
 @contextlib.contextmanager

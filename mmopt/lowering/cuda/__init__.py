@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from mmopt.backends.cpu.kernels.attention import Rules
 from mmopt.backends.profile import Profile
+from mmopt.lowering.cuda.attention import tensor_attention
 from mmopt.lowering.cuda.convolutions import tensor_convolution
 from mmopt.lowering.cuda.products import tensor_product
 from mmopt.lowering.ops.conv import Geometry, generic_convolution
@@ -35,6 +36,13 @@ class CudaTemplates:
         mask: Value | None,
         lengths: Value | None,
         rules: Rules,
+        order: str,
     ) -> Value:
-        """Attention."""
-        raise NotLowered("there is no attention template")
+        """Attention by one kernel on tensor cores.
+
+        Raises:
+            NotLowered: They do not have the type, or the operator asks for more than the template has.
+        """
+        if lengths is not None:
+            raise NotLowered("lengths of sequences have no attention template")
+        return tensor_attention(node, operands, mask, rules, order)

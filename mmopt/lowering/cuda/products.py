@@ -72,7 +72,9 @@ def _total(node: OpNode, a: Value, b: Value) -> Tensor:
     right = _packed(node, b) if b.constant is not None and b.ndim == 2 else _turned(_operand(node, b, batch))
     sizes = rows, b.shape[-1], a.shape[-1]
     multiprocessors = context.program.profile.cores
-    tile = choose_tile(dim(rows), dim(b.shape[-1]), dim(simplify(product(batch))), multiprocessors, a.dtype)
+    extents = dim(rows), dim(b.shape[-1]), dim(simplify(product(batch)))
+    direct = all(operand.aligned(len(operand.strides) - 1, a.shape[-1]) for operand in (left, right))
+    tile = choose_tile(*extents, multiprocessors, a.dtype, gathered=not direct)
     shape = a.shape[:-1] if flat else None
     return TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=shape).output
 
@@ -83,18 +85,24 @@ def _in_memory(node: OpNode, a: Value) -> bool:
 
 
 def _operand(node: OpNode, value: Value, batch: tuple[Expr, ...]) -> Operand:
-    """``value`` where it is, or stored first when it is still a computation."""
-    found = Operand.of(node.context.tensor(value))
-    if found is None:
-        node.context.realize([value], "operand")
-        found = Operand.of(node.context.dense(value))
-    assert found is not None
+    """``value`` for a product with axes ``batch``: those it has one index of are repeated."""
+    found = stored_operand(node, value)
     missing = len(batch) + 2 - value.ndim
     steps = list(found.strides)
     for axis in range(value.ndim - 2):
         if static(value.shape[axis]) == 1 and static(batch[axis + missing]) != 1:
             steps[axis] = i64(0)
     return dataclasses.replace(found, strides=tuple(steps))
+
+
+def stored_operand(node: OpNode, value: Value) -> Operand:
+    """``value`` where it is, or stored first when it is still a computation."""
+    found = Operand.of(node.context.tensor(value))
+    if found is None:
+        node.context.realize([value], "operand")
+        found = Operand.of(node.context.dense(value))
+    assert found is not None
+    return found
 
 
 def _turned(operand: Operand) -> Operand:

@@ -42,8 +42,9 @@ def attention(node: OpNode) -> list[Value]:
     offset = past.shape[2] if past is not None else None
     rules = Rules(_scale(node, q), node.attr("softcap", 0.0), bool(node.attr("is_causal", 0)), offset)
     if (templates := node.context.program.templates) is not None:
-        result = templates.attention(node, (q, k, v), node.optional(3), lengths, rules)
-        return [result, k, v][: node.n_outputs]
+        order = _order(node)
+        result = templates.attention(node, _narrowest(node) or (q, k, v), node.optional(3), lengths, rules, order)
+        return [_heads_first(result) if order == "bshd" else result, k, v][: node.n_outputs]
     nest = _narrow(node, rules) or _template(
         node, q, k, v, rules, None if lengths is None else node.context.tensor(lengths)
     )
@@ -51,6 +52,16 @@ def attention(node: OpNode) -> list[Value]:
     if nest.order == "bshd":
         result = _heads_first(result)
     return [result, k, v][: node.n_outputs]
+
+
+def _narrowest(node: OpNode) -> tuple[Value, Value, Value] | None:
+    """The operands before they were widened, as ``[batch, heads, sequence, size]``, where they are all of one type."""
+    narrow = [node.input(n).narrow for n in range(3)]
+    heads = [node.attr("q_num_heads", 0)] + [node.attr("kv_num_heads", 0)] * 2
+    made = [_split(node, value, count) for value, count in zip(narrow, heads, strict=True) if value is not None]
+    if len(made) < 3 or len({value.dtype for value in made}) > 1 or node.optional(4) is not None:
+        return None
+    return made[0], made[1], made[2]
 
 
 def _narrow(node: OpNode, rules: Rules) -> DotAttention | None:

@@ -99,8 +99,19 @@ TILES = (
 """128 × 128, 128 × 64, 64 × 64, 32 × 64 and 16 × 64 results."""
 
 
-def choose_tile(rows: int | str, columns: int | str, batch: int | str, multiprocessors: int, kind: str) -> Tile:
-    """The tile with the least predicted time: rounds of blocks over all multiprocessors, by what a block takes."""
+def choose_tile(
+    rows: int | str, columns: int | str, batch: int | str, multiprocessors: int, kind: str, *, gathered: bool = False
+) -> Tile:
+    """The tile with the least predicted time: rounds of blocks over all multiprocessors, by what a block takes.
+
+    Args:
+        rows: M, or its name.
+        columns: N, or its name.
+        batch: Number of products, or its name.
+        multiprocessors: Of the GPU.
+        kind: Type of the operands.
+        gathered: An operand is gathered element by element, whose addresses take registers.
+    """
 
     def time(tile: Tile) -> float:
         blocks = typical(batch, 1) * math.prod(
@@ -108,7 +119,8 @@ def choose_tile(rows: int | str, columns: int | str, batch: int | str, multiproc
         )
         return -(-blocks // multiprocessors) * tile.rows * tile.columns / tile.efficiency
 
-    fitting = [tile for tile in TILES if kind != "float32" or tile.mt * tile.nt <= 8]
+    most = 16 if kind != "float32" else 4 if gathered else 8
+    fitting = [tile for tile in TILES if tile.mt * tile.nt <= most]
     return min(fitting, key=time)
 
 
