@@ -1,6 +1,6 @@
 """What a compiler hands over (:class:`Program`) and what a manifest holds: entry points made of segments.
 
-This module is the contract between compiler and runtime. It imports numpy, the standard library and other plain data only.
+This module is the contract between compiler and runtime. It imports numpy, the standard library and plain data only.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from mmopt.ir.verify import verify
 from mmopt.pipeline.base import PassContext
 from mmopt.runtime.encoded import Encoded
 from mmopt.runtime.weights import map_weights, write_weights
-from mmopt.transforms.quantize import CompressWeights
+from mmopt.transforms.quantize import CompressWeights, QuantizeWeights
 from tests.canonical import evaluate, module_from
 from tests.unit.test_rewrite import weights
 
@@ -143,3 +143,17 @@ class TestEncoded:
         path.write_bytes(path.read_bytes().replace(b"[4, 8]", b"[8, 4]"))
         with pytest.raises(LoadError, match="do not fit"):
             map_weights(path)
+
+
+def test_filters_are_small_on_disk_too(tmp_path: pathlib.Path) -> None:
+    text = "float[1,32,20,20] x, float[64,32,5,5] w, float[64] b"
+    module = module_from(f"g ({text}) => (float[1,64,16,16] z) {{ y = Conv(x, w, b) z = Exp(y) }}", opset=21)
+    module = weights(module, w=(64, 32, 5, 5), b=(64,))
+    x = {"x": np.random.default_rng(0).standard_normal((1, 32, 20, 20)).astype(np.float32) / 8}
+    pass_ = QuantizeWeights(bits=4, kinds=("Conv",))
+    result = mmopt.optimize(module, passes=[pass_], validate="off")
+    mmopt.compile(result.module, output=tmp_path / "a.mmopt", inputs=x)
+    assert (tmp_path / "a.mmopt" / "weights.safetensors").stat().st_size < 64 * 32 * 25 * 4 * 0.15
+    assert pass_.run(module, PassContext())
+    got, want = mmopt.load_artifact(tmp_path / "a.mmopt").run(x)["z"], evaluate(module, x)["z"]
+    np.testing.assert_allclose(got, want, rtol=1e-4)

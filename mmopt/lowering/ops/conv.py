@@ -71,6 +71,12 @@ def _same_padding(extent: Expr, kernel: int, stride: int, dilation: int) -> Expr
     return simplify(tirx.max((out - 1) * stride + (dilation * (kernel - 1) + 1) - extent, index(0)))
 
 
+def _as_stored(node: OpNode, w: Value) -> Value:
+    """A filter that was widened or dequantized as a constant; of the latter the artifact keeps the integers."""
+    made = None if w.quantized is None else node.context.program.widened(w.quantized, w.quantized.value.name)
+    return made or known_widened(w)
+
+
 @lowers("Conv")
 def conv(node: OpNode) -> Value:
     """Convolution of any rank, grouped, strided, dilated."""
@@ -86,7 +92,7 @@ def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
         return templates.convolution(node, x, w, bias, groups, shape)
     if (narrow := narrow_convolution(node, x, w, bias, groups, shape)) is not None:
         return narrow
-    w = known_widened(w)
+    w = _as_stored(node, w)
     lanes = lanes_of(node.context.program.profile, x.dtype)
     channels, depth, out = static(x.shape[1]), static(w.shape[1]), static(w.shape[0])
     usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
@@ -269,7 +275,7 @@ def generic_convolution(node: OpNode, x: Value, w: Value, bias: Value | None, gr
 @lowers("ConvTranspose")
 def conv_transpose(node: OpNode) -> Value:
     """The adjoint of a convolution: in phases, or as a convolution of the input with zeros put between its elements."""
-    x, w, bias = node.input(0), known_widened(node.input(1)), node.optional(2)
+    x, w, bias = node.input(0), _as_stored(node, node.input(1)), node.optional(2)
     kernel = static_shape(w.shape[2:], "kernel")
     rank, groups = len(kernel), node.attr("group", 1)
     strides = tuple(node.attr("strides") or [1] * rank)
