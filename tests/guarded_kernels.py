@@ -1,7 +1,8 @@
 """Runs kernels on memory that ends at a page nobody may touch: reading or writing beyond an end stops the process.
 
-``python -m tests.guarded_kernels PROFILE`` (or ``PROFILE narrow``, for products in narrow numbers) prints the name of
-each case before it runs, so that the last line names the one that went too far. Arrays whose sizes are multiples of 64
+``python -m tests.guarded_kernels PROFILE`` (or ``PROFILE narrow``, for products in narrow numbers, ``PROFILE
+operators`` for ONNX's own models of operators) prints the name of each case before it runs, so that the last line names
+the one that went too far. Arrays whose sizes are multiples of 64
 bytes end exactly at the page; others within 63 bytes.
 """
 
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx.backend.test.case.node import collect_testcases
 from tvm import tirx
 
 from mmopt.backends.compute import SUM, Reduction, compute
@@ -139,6 +141,36 @@ def narrow() -> list[Example]:
     return [*few, *test_narrow_products.integer_operators()[::7], *test_narrow_products.stored()[::3]]
 
 
+_CASES = """
+    maxpool_1d_default maxpool_2d_same_upper maxpool_2d_ceil maxpool_2d_dilations maxpool_3d_default averagepool_2d_pads
+    averagepool_2d_ceil averagepool_3d_default lppool_2d_pads top_k top_k_smallest top_k_negative_axis scatternd_add
+    scatter_elements_with_axis scatter_elements_with_duplicate_indices nonmaxsuppression_suppress_by_IOU
+    cumsum_2d_axis_1 cumsum_1d_reverse_exclusive concat_3d_axis_0 concat_3d_axis_2 constant_pad edge_pad reflect_pad
+    wrap_pad transpose_all_permutations_1 transpose_all_permutations_4 det_nd resize_upsample_scales_linear
+    resize_downsample_scales_cubic resize_upsample_sizes_nearest gather_1 gather_negative_indices gather_elements_1
+    attention_4d_causal attention_4d_gqa attention_4d_diff_heads_sizes_softcap attention_4d_attn_mask_bool_4d
+    convtranspose convtranspose_dilations instancenorm_example layer_normalization_3d_axis1_epsilon
+    group_normalization_epsilon depthtospace_example spacetodepth_example gridsample_bilinear col2im_pads
+    slice_neg_steps onehot_with_axis hardmax_axis_1 logsoftmax_axis_1 argmax_keepdims_example
+    reduce_l2_keep_dims_example reduce_log_sum_exp_default_axes_keepdims_example einsum_batch_matmul tril_neg
+    reversesequence_batch matmulinteger qlinearmatmul_2D_uint8_float32 qlinearconv convinteger_with_padding dft
+    rotary_embedding scan9_sum stft
+"""
+OPERATORS = _CASES.split()
+"""Cases of ONNX's own suite, a few for each template: all of them have tails, for their arrays are small."""
+
+
+def operators() -> list[Example]:
+    """The cases of :data:`OPERATORS`."""
+    cases = {case.name.removeprefix("test_"): case for case in collect_testcases(None)}
+    made = []
+    for name in OPERATORS:
+        model, (given, want) = cases[name].model, cases[name].data_sets[0]
+        feeds = dict(zip((value.name for value in model.graph.input), given, strict=True))
+        made.append(Example(name, model, feeds, want))
+    return made
+
+
 def run_models(examples: Sequence[Example], profile: Profile) -> list[str]:
     """Run ``examples`` with guarded inputs; weights are guarded too, for they come in as arrays."""
     compiled = Programs([Module(ir.from_proto(e.model)) for e in examples], profile, memory=Memory(guard=True))
@@ -168,6 +200,8 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["beyond"]:
         failures([beyond()], name, guard=True, tell=lambda case: print(case, flush=True))
         sys.exit("the page could be touched")
+    if sys.argv[2:] == ["operators"]:
+        sys.exit("\n".join(run_models(operators(), profiles()[name])) or 0)
     if sys.argv[2:] == ["narrow"]:
         sys.exit("\n".join(run_models(narrow(), load_profile(name))) or 0)
     found = [w for f in FAMILIES for w in failures(f(name), name, guard=True, tell=lambda c: print(c, flush=True))]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.guarded_kernels import OPERATORS
 from tests.kernels import PROFILES, WIDEST
 from tests.unit.test_narrow_products import levels
 
@@ -21,6 +22,14 @@ def test_kernels_stay_within_their_arrays(profile: str) -> None:
     done = run(profile)
     last = done.stdout.splitlines()[-1:]
     assert done.returncode == 0, f"ended with {done.returncode} at {last}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_operators_stay_within_their_arrays(profile: str) -> None:
+    done = run(profile, "operators")
+    last = done.stdout.splitlines()[-1:]
+    assert done.returncode == 0, f"ended with {done.returncode} at {last}\n{done.stderr[-2000:]}"
+    assert len(done.stdout.splitlines()) == len(OPERATORS)
 
 
 @pytest.mark.parametrize("level", levels())

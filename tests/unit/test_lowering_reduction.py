@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
+import onnx_ir as ir
 import pytest
 import scipy.special
 
+from mmopt.ir.module import Module
 from tests.operators import example, numbers
-from tests.programs import check
+from tests.programs import Programs, check
 
 PROFILE = "x86-64-v3"
 
@@ -43,6 +47,23 @@ def test_reductions_over_all_no_and_data_axes() -> None:
         ],
         PROFILE,
     )
+
+
+def test_large_reductions_to_one_number_in_two_stages() -> None:
+    """Sums of 2^18 numbers on all cores; each case is two kernels, of which only the first is large."""
+    x, wide = numbers(96, 4, 700, low=0.5, high=1), numbers(1 << 18, low=0.5, high=1)
+    axes = "a = Constant<value = int64[2] {0, 2}>() "
+    examples = [example(f"y = Reduce{op}<keepdims = {n % 2}>(x)", {"x": x}) for n, op in enumerate(OPERATORS)]
+    examples += [example(f"y = Reduce{op}(x)", {"x": wide}) for op in ("Mean", "Max")]
+    examples += [example(axes + "y = ReduceMean<keepdims = 0>(x, a)", {"x": x[:, :1]})]
+    check(examples, PROFILE)
+
+
+@pytest.mark.parametrize(("shape", "parts"), [((96, 4, 700), 48), ((13, 1 << 15), 13), ((1 << 18,), 64), ((96, 40), 0)])
+def test_parts_of_large_reductions(shape: tuple[int, ...], parts: int) -> None:
+    case = example("y = ReduceSum<keepdims = 0>(x)", {"x": numbers(*shape)})
+    kernels = Programs([Module(ir.from_proto(case.model))], PROFILE)._program.kernels
+    assert [kernel["bytes"] for kernel in kernels][:-1] == ([4 * (math.prod(shape) + parts)] if parts else [])
 
 
 def test_reductions_of_nothing_nan_and_integers() -> None:

@@ -48,6 +48,13 @@ PRODUCT = Combiner(lambda dtypes: (tirx.const(1, dtypes[0]),), lambda a, b: (a[0
 """Product; one of nothing."""
 
 
+SHARED_WORK = 1 << 17
+"""Elements of a reduction to few results from which a second stage costs less than other cores win."""
+
+MOST_PARTS = 64
+"""Parts of a reduction in two stages."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """What is reduced and how.
@@ -152,7 +159,43 @@ def over(node: OpNode, data: Value, axes: Sequence[int], rule: Rule, *, keep: bo
 
     finish = lambda state: rule.after(state[0], count).astype(result)  # noqa: E731
     extents = [data.shape[a] for a in axes]
+    parts = _parts(node.context.program.profile.cores, shape, extents)
+    if parts > 1:
+        return _in_parts(node, parts, shape, extents, body, rule.combiner, finish, (wide, result))
     return Value(Reduction(shape, extents, (wide,), body, rule.combiner, finish, result), name=node.name)
+
+
+def _parts(cores: int, shape: Sequence[Expr], extents: Sequence[Expr]) -> int:
+    """How many parts of the outermost reduced axis are reduced by themselves, where there are too few results for all
+    cores and much to read for each: a divisor of its extent, or 1."""
+    results, first, work = known(product(shape)), known(extents[0]), known(simplify(product(extents)))
+    if results is None or first is None or work is None or not 0 < results < cores or results * work < SHARED_WORK:
+        return 1
+    divisors = (d for d in range(1, min(first, MOST_PARTS) + 1) if first % d == 0)
+    return max(divisors, key=lambda parts: (results * parts % cores == 0, parts))
+
+
+def _in_parts(
+    node: OpNode,
+    parts: int,
+    shape: Sequence[Expr],
+    extents: Sequence[Expr],
+    body: Callable[..., Expr],
+    combiner: Combiner,
+    finish: Callable[[tuple[Expr, ...]], Expr],
+    dtypes: tuple[str, str],
+) -> Value:
+    """A reduction in two stages: parts of the outermost axis, on all cores, and then what they came to."""
+    wide, result = dtypes
+    each, rank = simplify(tirx.floordiv(extents[0], i64(parts))), len(shape)
+
+    def part(*at: Expr) -> Expr:
+        return body(*at[:rank], at[rank] * each + at[rank + 1], *at[rank + 2 :])
+
+    first = Value(Reduction([*shape, i64(parts)], [each, *extents[1:]], (wide,), part, combiner), name=node.name)
+    node.context.realize([first], "parts")
+    total = Reduction(shape, [parts], (wide,), lambda *at: first.tensor[at], combiner, finish, result)
+    return Value(total, name=node.name)
 
 
 def _over_data_axes(node: OpNode, data: Value, rule: Rule, axes: Sequence[Expr]) -> Value:
