@@ -60,7 +60,7 @@ def mask_units(module: Module, groups: Iterable[Group], keep: Keep) -> bool:
     if not masks:
         return bool(cut.groups)
     space, constants = Space(infer_shapes(module.model)), Constants(module)
-    nodes = {str(node.outputs[0].name): node for node in module.graph}
+    nodes = {str(output.name): node for node in module.graph for output in node.outputs if output.name}
     for (output, operand), axes in masks.items():
         _mask(nodes[output], operand, axes, space, constants)
     return True

@@ -90,7 +90,7 @@ def _count_anew(module: Module, cut: Cut, space: Space) -> None:
     for group, gone in cut.groups:
         for count in group.counts:
             less[count.output, count.attribute].update(p for unit in gone for p in count.positions[unit])
-    nodes = {str(output.name): node for node in module.graph for output in node.outputs[:1]}
+    nodes = {str(output.name): node for node in module.graph for output in node.outputs if output.name}
     for (output, attribute), positions in less.items():
         node = nodes[output]
         number = node.attributes.get_int(attribute, 0) if attribute != "scale" else 0
