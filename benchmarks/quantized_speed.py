@@ -5,8 +5,8 @@
 Everyone quantizes the same exported model on the same calibration samples with the tool made for it: ``mmopt optimize
 --precision int8``, NNCF's ``quantize`` and onnxruntime's ``quantize_static`` (QDQ, weights by channel). Two further
 contenders run mmopt's emitted ONNX in those runtimes, and mmopt's own fp32 artifact takes part. FOLDER keeps all
-copies: what is there is not made again. What OpenVINO does not compute in integers it computes in fp32,
-as the others do.
+copies: what is there is not made again. What is not in integers is fp32, but for attention in mmopt's artifact, which
+reads bfloat16 where the processor multiplies it; so OpenVINO runs a second time with its hint for bfloat16.
 
 Answers of quantized models differ by what each tool rounds; the last column says by how much, of the float model's
 range, against onnxruntime on the exported model.
@@ -44,15 +44,16 @@ SAMPLES = 8
 TOLERANCE = 0.5
 """Largest difference allowed between the answers of two quantized copies, of the range: a wrong kernel differs more."""
 
-CONTENDERS: dict[str, tuple[str, str]] = {
-    OURS: ("mmopt", "mmopt.mmopt"),
-    FLOAT: ("mmopt", "float.mmopt"),
-    "openvino NNCF": ("openvino", "nncf.onnx"),
-    "onnxruntime QDQ": ("onnxruntime", "ort.onnx"),
-    "openvino mmopt": ("openvino", "mmopt.onnx"),
-    "onnxruntime mmopt": ("onnxruntime", "mmopt.onnx"),
+CONTENDERS: dict[str, tuple[str, str, str]] = {
+    OURS: ("mmopt", "mmopt.mmopt", "fp32"),
+    FLOAT: ("mmopt", "float.mmopt", "fp32"),
+    "openvino NNCF": ("openvino", "nncf.onnx", "fp32"),
+    "openvino NNCF bf16": ("openvino", "nncf.onnx", "bf16"),
+    "onnxruntime QDQ": ("onnxruntime", "ort.onnx", "fp32"),
+    "openvino mmopt": ("openvino", "mmopt.onnx", "fp32"),
+    "onnxruntime mmopt": ("onnxruntime", "mmopt.onnx", "fp32"),
 }
-"""Runtime and file of each contender, by its name in the table."""
+"""Runtime, file, and precision of what is not in integers, of each contender by its name in the table."""
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 
@@ -199,8 +200,8 @@ def measure(model: ZooModel, work: pathlib.Path, contenders: Sequence[str], opti
 
 
 def _spec(work: pathlib.Path, label: str, threads: int) -> Spec:
-    kind, file = CONTENDERS[label]
-    return Spec(kind, label, str(work / file), threads)
+    kind, file, precision = CONTENDERS[label]
+    return Spec(kind, label, str(work / file), threads, precision)
 
 
 def deviations(model: ZooModel, work: pathlib.Path, contenders: Sequence[str], threads: int) -> dict[str, float]:
