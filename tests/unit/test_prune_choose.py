@@ -10,14 +10,20 @@ import pytest
 
 from mmopt.analysis.axes import find_groups
 from mmopt.analysis.cost import analyze_cost
+from mmopt.backends.profile import load_profile
 from mmopt.errors import UserError
-from mmopt.transforms.prune import costs
+from mmopt.ir.module import Module, initializer_bytes
+from mmopt.lowering.prediction import predicted_cycles
+from mmopt.pipeline.base import PassContext
+from mmopt.transforms.prune import PruneStructured, costs
 from mmopt.transforms.prune.budgets import check_towers, parse, share
 from mmopt.transforms.prune.choose import Goal, Problem, choose
 from mmopt.transforms.prune.costs import Axis, CostModel, Product
 from mmopt.transforms.prune.curves import from_scores, normalized
+from mmopt.transforms.prune.latency import latency
 from mmopt.transforms.prune.slicing import slice_units
-from tests.prunable import convolutions, two_modalities
+from tests.prunable import convolutions, named, two_modalities
+from tests.unit.tower_models import FLOAT, Net, run
 
 
 def whole(name: str, units: int) -> Axis:
@@ -29,7 +35,7 @@ def chain(seed: int, layers: int = 4) -> tuple[Problem, float]:
     random = np.random.default_rng(seed)
     full = {f"g{n}": int(random.integers(4, 9)) for n in range(layers)}
     sizes = list(full.items())
-    terms = [Product(float(a[1] * b[1]), (whole(*a), whole(*b)), None) for a, b in zip(sizes, sizes[1:], strict=False)]
+    terms = [Product(float(a[1] * b[1]), (whole(*a), whole(*b)), None) for a, b in itertools.pairwise(sizes)]
     curves = {name: from_scores(random.random(units) ** 2 * random.random()) for name, units in full.items()}
     options = {name: list(range(units, 0, -1)) for name, units in full.items()}
     cost = CostModel(terms, full)
@@ -152,3 +158,48 @@ def test_shares_by_tower() -> None:
     with pytest.raises(UserError, match="no tower 'txt'") as error:
         check_towers({"txt": 0.1}, ["text", "image"])
     assert "did you mean 'text'" in str(error.value)
+
+
+@pytest.mark.parametrize("results", [1, 2])
+def test_predicted_time_follows_every_cut_size(results: int) -> None:
+    """Each operator is asked about alone, with its weights, data and counts as the cut leaves them."""
+    net = Net()
+    x = net.input("x", FLOAT, 4, 2, 6)
+    parts = [net.weight(1, 3 * 8, 6), net.weight(1, 3 * 8, 8), net.weight(1, 6 * 8)]
+    outputs = net.ops("GRU", x, *parts, outputs=2, hidden_size=8, linear_before_reset=1)
+    if results == 1:  # exporters leave out what is not read
+        outputs[0].name = ""
+    state = net.op("Squeeze", outputs[1], net.ints(0))
+    module = named(net, net.op("Gemm", state, net.weight(5, 8), net.weight(5), transB=1))
+    (group,) = [group for group in find_groups(module) if not group.frozen]
+    asked: list[Module] = []
+
+    def predict(alone: Module) -> float:
+        asked.append(alone)
+        return float(initializer_bytes(alone.model))
+
+    model = latency(module, [group], {}, predict)
+    whole = model.total()
+    assert model.total({group.name: 4}) < whole
+    assert model.difference(model.full, group.name, 4) == pytest.approx(whole - model.total({group.name: 4}))
+    halves = [one for one in asked if one.graph.node("alone").op_type == "GRU"][1]
+    assert halves.graph.node("alone").attributes["hidden_size"].as_int() == 4
+    assert [tuple(value.shape or ()) for value in halves.graph.initializers.values()] == [
+        (1, 12, 6),
+        (1, 12, 4),
+        (1, 24),
+    ]
+    count = len(asked)
+    model.total({group.name: 4})
+    assert len(asked) == count
+    sliced = module.clone()
+    slice_units(sliced, [group], {group.name: range(4)})
+    run(sliced, {"x": np.ones((4, 2, 6), np.float32)})
+
+
+def test_time_by_the_templates_of_a_target() -> None:
+    module = convolutions((32, 48))
+    whole = PassContext(predict=lambda alone: predicted_cycles(alone, load_profile("skylake-avx512")))
+    assert PruneStructured(share="30%", measure="time").run(module, whole)
+    (said,) = [remark.message for remark in whole.remarks if remark.kind == "applied" and not remark.node]
+    assert "less time: all" in said

@@ -184,6 +184,7 @@ def _counts(node: ir.Node, groups: Sequence[Group]) -> dict[str, tuple[int, tupl
     found: dict[str, list[tuple[str, int]]] = {}
     for group in groups:
         for count in group.counts:
-            if count.output == str(node.outputs[0].name) and count.attribute in COUNTED & set(node.attributes):
+            is_here = any(count.output == output.name for output in node.outputs)
+            if is_here and count.attribute in COUNTED & set(node.attributes):
                 found.setdefault(count.attribute, []).append((group.name, group.units))
     return {name: (node.attributes[name].as_int(), tuple(members)) for name, members in found.items()}

@@ -20,7 +20,7 @@ from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.prune import costs, criteria
 from mmopt.transforms.prune.budgets import check_towers, parse
-from mmopt.transforms.prune.choice import plan_cut
+from mmopt.transforms.prune.choice import Keep, plan_cut
 from mmopt.transforms.prune.choose import Goal, Problem, choose
 from mmopt.transforms.prune.curves import Curve, normalized
 from mmopt.transforms.prune.latency import latency
@@ -92,10 +92,7 @@ class PruneStructured(Pass):
         keep = {g.name: curves[g.name].kept(sizes[g.name]) for g in usable if sizes[g.name] < g.units}
         if not keep:
             return False
-        original = module.clone()
-        cut = plan_cut(module, groups, keep)
-        slice_units(module, groups, keep)
-        remember(module, original, cut)
+        cut_units(module, groups, keep)
         self._tell(usable, sizes, problem, context)
         return True
 
@@ -189,6 +186,23 @@ class PruneStructured(Pass):
             if (whole := problem.cost.total(None, tower))
         ]
         self.remark(context, "applied", "", f"cut {what}; less {self.measure}: {', '.join(parts)}.")
+
+
+def cut_units(module: Module, groups: Sequence[Group], keep: Keep) -> None:
+    """Take units out, in place, and remember what the module was for passes that repair.
+
+    Args:
+        module: The module that ``groups`` were found in.
+        groups: What :func:`mmopt.analysis.axes.find_groups` found.
+        keep: Units to keep by name of the group; groups that are not named stay whole.
+
+    Raises:
+        UserError: There is no such group, it is frozen, or the units are none, not ascending, or not its own.
+    """
+    original = module.clone()
+    cut = plan_cut(module, groups, keep)
+    slice_units(module, groups, keep)
+    remember(module, original, cut)
 
 
 def _liked(units: int) -> int:
