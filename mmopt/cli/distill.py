@@ -50,7 +50,9 @@ def distill(
     epochs: Annotated[float | None, typer.Option(metavar="N", help="Passes over the samples. Default: 3.")] = None,
     minutes: Annotated[float | None, typer.Option(metavar="M", help="Train for about so long.")] = None,
     batch: Annotated[int, typer.Option(min=1, metavar="N", help="Samples of a step.")] = 16,
-    rate: Annotated[float, typer.Option(metavar="R", help="Largest learning rate; it falls along a cosine.")] = 1e-3,
+    rate: Annotated[
+        float, typer.Option(metavar="R", help="Largest step, as a part of each weight's size; falls along a cosine.")
+    ] = 5e-3,
     freeze: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave weights with such names alone: 'encoder.*'.")
     ] = None,

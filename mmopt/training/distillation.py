@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 Progress = Callable[[int, int, str], None]
 
-_WARM_UP, _LAST_RATE, _LARGEST_STEP = 0.05, 0.02, 1.0
+_WARM_UP, _LAST_RATE, _LARGEST_GRADIENT = 0.15, 0.02, 1.0
+_LEAST_SCALE = 0.01
+"""Scale of weights that are smaller: biases that are zero have to be able to leave it."""
 _TIMED_STEPS, _TOO_LONG = 3, 1.2
 _LARGEST_WEIGHT = 1e4
 """A constant with larger elements is a mask, not a weight."""
@@ -50,7 +52,8 @@ class Distillation:
         epochs: Passes over the samples; 3 when neither this nor ``minutes`` is given.
         minutes: Time to train for: the number of steps is set by the first ones' time.
         batch: Samples of a step.
-        rate: Largest learning rate (Adam).
+        rate: Largest step of Adam, as a part of the root mean square of each weight: weights that are there already are
+            moved by so much, whatever their scale.
         outputs: Outputs to imitate; all that both models have when None.
         features: Towers whose last features are imitated; all that both models have when None, none when empty.
         classes: Outputs that are logits: imitated by divergence at ``temperature`` instead of by squared error.
@@ -68,7 +71,7 @@ class Distillation:
     epochs: float | None = None
     minutes: float | None = None
     batch: int = 16
-    rate: float = 1e-3
+    rate: float = 5e-3
     outputs: tuple[str, ...] | None = None
     features: tuple[str, ...] | None = None
     classes: tuple[str, ...] = ()
@@ -166,13 +169,14 @@ def distill(
             a loss that is not finite (names step and samples).
         UnsupportedError: A model has no differentiable form.
     """
-    require_torch("distillation")
+    torch = require_torch("distillation")
     chosen = settings or Distillation()
     chosen.check()
-    run = _Run(student, teacher, samples, labels, chosen, checkpoint)
-    if resume:
-        run.restore()
-    return run.train(progress or (lambda done, total, text: None))
+    with torch.random.fork_rng(devices=[]):
+        run = _Run(student, teacher, samples, labels, chosen, checkpoint)
+        if resume:
+            run.restore()
+        return run.train(progress or (lambda done, total, text: None))
 
 
 class _Run:
@@ -214,8 +218,9 @@ class _Run:
         self._best_weights: list[Any] = []
         self._step, self._total = 0, self._planned()
         self._judge()  # also fits adapters, which the optimizer has to know
-        groups = [{"params": self._parameters}, {"params": list(self._lesson.adapters.parameters())}]
-        self._optimizer = torch.optim.Adam([g for g in groups if g["params"]], lr=settings.rate, foreach=False)
+        trained = [*self._parameters, *self._lesson.adapters.parameters()]
+        self._scales = [max(float(p.detach().square().mean().sqrt()), _LEAST_SCALE) for p in trained]
+        self._optimizer = torch.optim.Adam([{"params": [p]} for p in trained], lr=settings.rate, foreach=False)
         self._saved = self._started = time.monotonic()
 
     def _planned(self) -> int | None:
@@ -270,8 +275,9 @@ class _Run:
 
         numbers = self._data.chosen(self._step)
         feeds = list(self._data.feeds(numbers))
-        for group in self._optimizer.param_groups:
-            group["lr"] = self._rate()
+        rate = self._rate()
+        for group, scale in zip(self._optimizer.param_groups, self._scales, strict=True):
+            group["lr"] = rate * scale
         self._optimizer.zero_grad()
         total = 0.0
         for inputs, labels in feeds:
@@ -283,7 +289,7 @@ class _Run:
                 )
             loss.backward()
             total += float(loss.detach())
-        torch.nn.utils.clip_grad_norm_([p for p in self._parameters if p.grad is not None], _LARGEST_STEP)
+        torch.nn.utils.clip_grad_norm_([p for p in self._parameters if p.grad is not None], _LARGEST_GRADIENT)
         self._optimizer.step()
         return total
 

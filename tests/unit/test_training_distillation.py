@@ -23,7 +23,7 @@ from mmopt.ir.module import Module, save_model  # noqa: E402
 from mmopt.training import Distillation, distill  # noqa: E402
 from tests.small_models import two_layers, two_towers  # noqa: E402
 
-SETTINGS = Distillation(epochs=8, rate=5e-3, batch=16)
+SETTINGS = Distillation(epochs=8, rate=0.02, batch=16)
 
 
 def _damaged(module: Module, *names: str) -> Module:
@@ -105,7 +105,7 @@ def test_labels_are_learned_too(teacher: Module) -> None:
     labels = (samples["x"][:, 0] > 0).astype(np.int64)
     plain = distill(teacher, teacher, samples, settings=SETTINGS).module
     for weight, right in ((20.0, True), (0.0, False)):
-        settings = Distillation(epochs=20, rate=1e-2, task_weight=weight)
+        settings = Distillation(epochs=20, rate=0.05, task_weight=weight)
         result = distill(teacher, teacher, samples, labels=labels, settings=settings)
         with ReferenceRunner(threads=1) as runner:
             answers = runner.run(result.module, samples)["y"].argmax(1)
@@ -120,7 +120,7 @@ def test_tower_features_pull_the_towers(tmp_path: pathlib.Path) -> None:
     student = _damaged(teacher)
     random = np.random.default_rng(3)
     samples = {str(v.name): random.standard_normal((120, 6)).astype(np.float32) for v in teacher.graph.inputs}
-    settings = Distillation(epochs=15, rate=1e-2, output_weight=0.0, feature_weight=1.0)
+    settings = Distillation(epochs=15, rate=0.03, output_weight=0.0, feature_weight=1.0)
     result = distill(student, teacher, samples, settings=settings)
     features = [name for name in result.before.parts if name.startswith("feature ")]
     assert len(features) == 2
@@ -259,7 +259,7 @@ def test_outputs_without_namesake_are_told(teacher: Module) -> None:
 
 def test_the_pass_learns_from_what_was_pruned(teacher: Module, tmp_path: pathlib.Path) -> None:
     """After a pass that cuts, in one pipeline, with the module before the cut as the teacher."""
-    passes = ["prune-structured{share=40%,step=1}", "distill{epochs=10,rate=0.005}"]
+    passes = ["prune-structured{share=40%,step=1}", "distill{epochs=10,rate=0.02}"]
     cut, both = (mmopt.optimize(teacher, passes=passes[:n], samples=_samples(), level=0) for n in (1, 2))
     assert [record.name for record in both.report.passes if record.status == "applied"][-1] == "distill"
     assert "fell from" in next(remark.message for remark in both.module.remarks if remark.source == "distill")
@@ -270,7 +270,7 @@ def test_the_pass_learns_from_what_was_pruned(teacher: Module, tmp_path: pathlib
 
 def test_the_pass_takes_a_teacher_from_a_file(teacher: Module, tmp_path: pathlib.Path) -> None:
     student, unseen = _damaged(teacher), _samples(64, seed=9)
-    spec = f'distill{{teacher="{tmp_path / "teacher.onnx"}",epochs=8,rate=0.005,freeze=[b]}}'
+    spec = f'distill{{teacher="{tmp_path / "teacher.onnx"}",epochs=8,rate=0.02,freeze=[b]}}'
     result = mmopt.optimize(student, passes=[spec], samples=_samples(), level=0)
     assert _error(result.module, teacher, unseen) < 0.4 * _error(student, teacher, unseen)
     assert _bytes(result.module)["b"] == _bytes(student)["b"]
@@ -312,7 +312,7 @@ def _run(files: pathlib.Path, *arguments: str) -> int:
 
 
 def test_command_line(files: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ("--data", "plain.npz", "-o", "out.onnx", "--epochs", "6", "--rate", "0.005", "--json", "report.json")
+    options = ("--data", "plain.npz", "-o", "out.onnx", "--epochs", "6", "--rate", "0.02", "--json", "report.json")
     assert _run(files, "student.onnx", "teacher.onnx", *options) == 0
     printed = capsys.readouterr()
     assert "whole loss" in printed.out

@@ -27,7 +27,7 @@ class Distill(Pass):
         epochs: Passes over the samples; 3 when neither this nor ``minutes`` is given.
         minutes: Time to train for.
         batch: Samples of a step.
-        rate: Largest learning rate.
+        rate: Largest step, as a part of the root mean square of each weight.
         features: Towers whose last features are imitated; all that both models have when empty.
         feature_weight: Weight of features in the loss; of outputs it is 1.
         classes: Outputs that are logits: imitated as shares, by divergence.
@@ -43,7 +43,7 @@ class Distill(Pass):
     epochs: float | None = None
     minutes: float | None = None
     batch: int = 16
-    rate: float = 1e-3
+    rate: float = 5e-3
     features: tuple[str, ...] = ()
     feature_weight: float = 0.5
     classes: tuple[str, ...] = ()
