@@ -28,6 +28,8 @@ using tvm::ffi::Any;
 using tvm::ffi::String;
 
 constexpr int64_t kSchema = 1;
+constexpr char kLibrary[] = "lib.so";
+constexpr char kWeights[] = "weights.safetensors";
 
 json::Value parse(const std::string& text, const std::string& where) {
   String error;
@@ -137,53 +139,8 @@ constexpr char kMachine[] = "aarch64";
 constexpr char kMachine[] = "x86_64";
 #endif
 
-}  // namespace
-
-Manifest read_manifest(const std::string& folder) {
-  std::string path = folder + "/manifest.json";
-  json::Value document = parse(read_file(path), path);
-  if (text(document, "format") != "mmopt-artifact") throw std::runtime_error(path + ": it is not an mmopt artifact's");
-  int64_t schema = get<int64_t>(member(document, "schema_version"), "schema_version");
-  if (schema != kSchema) {
-    throw std::runtime_error(path + ": it has schema version " + std::to_string(schema) + ", this program reads " +
-                             std::to_string(kSchema));
-  }
-  Manifest manifest;
-  json::Value target = member(document, "target");
-  manifest.target = {text(target, "name"), text(target, "triple"), texts(member(target, "features"), "features")};
-  for (const auto& [name, entry] : get<json::Object>(member(document, "entries"), "entries")) {
-    manifest.entries[text_of(name)] = entry_of(entry);
-  }
-  for (const auto& [name, record] : get<json::Object>(member(document, "files"), "files")) {
-    manifest.file_sizes[text_of(name)] = get<int64_t>(member(record, "size"), "size");
-  }
-  for (const char* name : {"lib.so", "weights.safetensors"}) {
-    auto record = manifest.file_sizes.find(name);
-    if (record != manifest.file_sizes.end() && size_of(folder + "/" + name) != record->second) {
-      throw std::runtime_error(folder + "/" + name + ": it is not complete; copy the artifact again");
-    }
-  }
-  return manifest;
-}
-
-void check_cpu(const Target& target) {
-  std::string wanted = target.triple.substr(0, target.triple.find('-'));
-  if (wanted == "arm64") wanted = "aarch64";
-  if (wanted != kMachine) {
-    throw std::runtime_error("the artifact is compiled for " + target.name + " (" + wanted + "), this machine is " + kMachine);
-  }
-  std::set<std::string> available = running_features();
-  std::string missing;
-  for (const std::string& feature : target.features) {
-    if (!available.count(feature)) missing += (missing.empty() ? "" : ", ") + feature;
-  }
-  if (!missing.empty()) {
-    throw std::runtime_error("the artifact is compiled for " + target.name + ", which has " + missing +
-                             "; this CPU does not. Compile it again with --target for this machine");
-  }
-}
-
-std::map<std::string, Weight> map_weights(const std::string& path) {
+// The weights in a safetensors file.
+std::map<std::string, Weight> map_file(const std::string& path) {
   int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
   int64_t size = size_of(path);
   if (file < 0 || size < 8) throw std::runtime_error(path + ": it cannot be read");
@@ -221,6 +178,87 @@ std::map<std::string, Weight> map_weights(const std::string& path) {
       weight.shape.push_back(std::stoll(extent));
     }
     weights[name] = weight;
+  }
+  return weights;
+}
+
+// Why this CPU cannot run code for `target`, or "".
+std::string refusal(const Target& target) {
+  std::string wanted = target.triple.substr(0, target.triple.find('-'));
+  if (wanted == "arm64") wanted = "aarch64";
+  if (wanted != kMachine) {
+    return "the artifact is compiled for " + target.name + " (" + wanted + "), this machine is " + kMachine;
+  }
+  std::set<std::string> available = running_features();
+  std::string missing;
+  for (const std::string& feature : target.features) {
+    if (!available.count(feature)) missing += (missing.empty() ? "" : ", ") + feature;
+  }
+  if (missing.empty()) return "";
+  return "the artifact is compiled for " + target.name + ", which has " + missing +
+         "; this CPU does not. Compile it again with --target for this machine";
+}
+
+// The first of what an artifact is compiled for that this CPU can run.
+Manifest first_that_runs(const std::vector<json::Value>& choices) {
+  std::string why;
+  for (const json::Value& choice : choices) {
+    json::Value target = member(choice, "target");
+    Manifest manifest;
+    manifest.target = {text(target, "name"), text(target, "triple"), texts(member(target, "features"), "features")};
+    why = refusal(manifest.target);
+    if (!why.empty()) continue;
+    if (get<json::Object>(choice, "manifest").count(String("folder"))) manifest.folder = text(choice, "folder");
+    for (const auto& [name, entry] : get<json::Object>(member(choice, "entries"), "entries")) {
+      manifest.entries[text_of(name)] = entry_of(entry);
+    }
+    return manifest;
+  }
+  throw std::runtime_error(why);
+}
+
+// Files that are read. Of the weights, those of a further target hold what it packs differently.
+std::vector<std::string> used_files(const Manifest& manifest) {
+  std::vector<std::string> names{manifest.folder + kLibrary, kWeights}, found;
+  if (!manifest.folder.empty()) names.push_back(manifest.folder + kWeights);
+  for (const std::string& name : names) {
+    if (manifest.file_sizes.count(name)) found.push_back(name);
+  }
+  return found;
+}
+
+}  // namespace
+
+Manifest read_manifest(const std::string& folder) {
+  std::string path = folder + "/manifest.json";
+  json::Value document = parse(read_file(path), path);
+  if (text(document, "format") != "mmopt-artifact") throw std::runtime_error(path + ": it is not an mmopt artifact's");
+  int64_t schema = get<int64_t>(member(document, "schema_version"), "schema_version");
+  if (schema != kSchema) {
+    throw std::runtime_error(path + ": it has schema version " + std::to_string(schema) + ", this program reads " +
+                             std::to_string(kSchema));
+  }
+  std::vector<json::Value> choices{document};
+  if (get<json::Object>(document, "manifest").count(String("variants"))) {
+    for (const Any& variant : get<json::Array>(member(document, "variants"), "variants")) choices.push_back(variant);
+  }
+  Manifest manifest = first_that_runs(choices);
+  for (const auto& [name, record] : get<json::Object>(member(document, "files"), "files")) {
+    manifest.file_sizes[text_of(name)] = get<int64_t>(member(record, "size"), "size");
+  }
+  for (const std::string& name : used_files(manifest)) {
+    if (size_of(folder + "/" + name) != manifest.file_sizes.at(name)) {
+      throw std::runtime_error(folder + "/" + name + ": it is not complete; copy the artifact again");
+    }
+  }
+  return manifest;
+}
+
+std::map<std::string, Weight> map_weights(const std::string& folder, const Manifest& manifest) {
+  std::map<std::string, Weight> weights;
+  for (const std::string& name : used_files(manifest)) {
+    if (name.find(kWeights) == std::string::npos) continue;
+    for (auto& [key, weight] : map_file(folder + "/" + name)) weights.insert_or_assign(key, weight);
   }
   return weights;
 }

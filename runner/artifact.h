@@ -33,27 +33,27 @@ struct Target {
   std::vector<std::string> features;
 };
 
+// What an artifact has for one target. `folder` is where its library is, in the artifact: "", or a path ending in /.
 struct Manifest {
   Target target;
+  std::string folder;
   std::map<std::string, EntryPoint> entries;
   std::map<std::string, int64_t> file_sizes;
 };
 
-// A weight, inside the mapping of its file.
+// A weight, inside the mapping of its file, which stays until the process ends.
 struct Weight {
   std::string dtype;
   std::vector<int64_t> shape;
   char* data;
 };
 
-// Reads manifest.json, and checks that every file this program uses is there in full.
+// Reads manifest.json, gives what it has for the first of its targets that this CPU can run, and checks that all files
+// needed for that are there in full. Fails when there is no such target: another architecture, or features it lacks.
 // Throws std::runtime_error, as do the functions below.
 Manifest read_manifest(const std::string& folder);
 
-// Fails when the target is another architecture, or has features that this CPU lacks.
-void check_cpu(const Target& target);
-
-// Maps a safetensors file. The mapping stays until the process ends.
-std::map<std::string, Weight> map_weights(const std::string& path);
+// The weights of an artifact's manifest.
+std::map<std::string, Weight> map_weights(const std::string& folder, const Manifest& manifest);
 
 }  // namespace mmopt

@@ -128,8 +128,9 @@ Engine::Engine(const std::string& folder, const Manifest& manifest, int threads)
     for (const Segment& segment : entry.segments) room = std::max(room, segment.workspace);
   }
   state_->workspace = Memory(static_cast<size_t>(room));
-  if (manifest.file_sizes.count("weights.safetensors")) state_->weights = map_weights(folder + "/weights.safetensors");
-  state_->library = call("loading the library", global("ffi.ModuleLoadFromFile"), ffi::String(folder + "/lib.so"));
+  state_->weights = map_weights(folder, manifest);
+  std::string library = folder + "/" + manifest.folder + "lib.so";
+  state_->library = call("loading the library", global("ffi.ModuleLoadFromFile"), ffi::String(library));
   state_->machine = call("loading the program", method(state_->library, "vm_load_executable"));
   call("starting the virtual machine", method(state_->machine, "vm_initialization"), kCpu, kDevice, kPooled);
 }

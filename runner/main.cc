@@ -141,7 +141,6 @@ int run(int count, char** words) {
   Manifest manifest = read_manifest(options.artifact);
   const EntryPoint& entry = find_entry(manifest, options.entry);
   check_inputs(entry, options.inputs);
-  check_cpu(manifest.target);
   Engine engine(options.artifact, manifest, options.threads);
   Arrays outputs = engine.run(entry, options.inputs);
   for (const TensorSpec& spec : entry.outputs) {

@@ -16,7 +16,10 @@ from typer.core import TyperGroup
 
 from mmopt.errors import MmoptError, did_you_mean
 
-COMMANDS = ("optimize", "inspect", "verify", "run", "bench", "tune", "calibrate", "distill", "passes", "targets")
+COMMANDS = (
+    *("optimize", "inspect", "verify", "run", "bench", "tune", "calibrate", "distill", "passes", "targets"),
+    "runner",
+)
 """Commands in the order of the help; each is ``app`` in the module of ``mmopt.cli`` with its name."""
 
 INTERRUPTED = 130

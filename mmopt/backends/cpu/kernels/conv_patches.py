@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmopt.backends.cpu.choosing import Candidate, Workload, typical
-from mmopt.backends.cpu.kernels.tile import LINE, lanes_of, most_rows
+from mmopt.backends.cpu.kernels.tile import LINE, NEON_BYTES, lanes_of, most_rows
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -117,6 +117,7 @@ def direct_candidates(profile: Profile, conv: Convolved) -> list[Candidate]:
     lanes = lanes_of(profile, conv.dtype)
     widest = min(4 if profile.registers >= 32 else 2, -(-conv.channels // lanes))
     ahead = conv.input_bytes() + conv.weight_bytes() > profile.l2_bytes // 16  # else all is close by anyway
+    ahead = ahead and profile.vector_bytes > NEON_BYTES  # where four blocks share a cache line, and code costs more
     inputs = conv.input_bytes() > profile.l2_bytes // 4
     made = []
     for vectors in sorted(range(1, widest + 1), key=lambda v: abs(v - 2)):

@@ -319,7 +319,8 @@ class _TileCode:
 
     def emit(self) -> Stmt:
         """Sum up and deliver."""
-        ahead = self._ahead if self.nest.panels else None
+        # On NEON, tiles are small enough for the code of fetching to cost more than what it hides.
+        ahead = self._ahead if self.nest.panels and self.register.together == 1 else None
         depth = [self.panel.depth]
         return self.register.emit(depth, self._a, self._b, self._deliver, ahead=ahead, partial=self._partial())
 
