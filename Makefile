@@ -16,7 +16,7 @@ STAMP   = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 PYTEST  = $(BIN)/python -m pytest -q -n $(JOBS) --maxprocesses 8 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-all lint format bench compat clean
+.PHONY: help setup demo test test-all test-arm lint format bench compat clean
 
 help:  ## this list
 	@echo 'make TARGET, where TARGET is one of'
@@ -46,6 +46,10 @@ test: $(STAMP)  ## the tests, without the slow ones
 
 test-all: $(STAMP)  ## all tests
 	$(PYTEST) -m ''
+
+test-arm: $(STAMP)  ## code for Arm under an emulator (apt install qemu-user libstdc++6-arm64-cross; takes an hour)
+	$(BIN)/python -m pip install --quiet 'ziglang>=0.13'
+	$(PYTEST) -m arm tests/arm
 
 lint: $(STAMP)  ## style, types, and imports between layers
 	$(BIN)/ruff check .
