@@ -60,6 +60,12 @@ def optimize(
             "metrics: as small as --metrics allow.",
         ),
     ] = None,
+    recover: Annotated[
+        bool,
+        typer.Option(
+            "--recover", help="Reconstruct what --quant or int8 lost, layer by layer, on the samples of --calib."
+        ),
+    ] = False,
     prune: Annotated[
         str | None,
         typer.Option(
@@ -129,8 +135,9 @@ def optimize(
     show = Output(verbose, quiet, json)
     if emit is not None and emit not in EMIT:
         raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
-    from mmopt.cli.optimizing import Job, Request, quantization, tuning_options
+    from mmopt.cli.optimizing import Job, Request, tuning_options
     from mmopt.cli.pruning import pruning, speedup
+    from mmopt.cli.quantizing import quantization
 
     if prune is not None and prune_to is not None:
         raise UserError("how much to cut is given twice", where="--prune, --prune-to", hint="give one of them")
@@ -142,7 +149,11 @@ def optimize(
             multi_isa=multi_isa,
             level=level,
             recipe=recipe,
-            passes=(*pruning(prune, repair=calib is not None), *(passes or ()), *quantization(quant)),
+            passes=(
+                *pruning(prune, repair=calib is not None),
+                *(passes or ()),
+                *quantization(quant, precision, recover=recover),
+            ),
             prune_to=None if prune_to is None else speedup(prune_to),
             precision=precision,
             calib=calib,

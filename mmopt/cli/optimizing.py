@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from mmopt.cli.output import Output, size_text, time_text
 from mmopt.cli.pruning import NAMES as PRUNING
 from mmopt.cli.pruning import pruning
 from mmopt.cli.speed import Speed, measure
-from mmopt.errors import UserError, VerifyError, did_you_mean
+from mmopt.errors import UserError, VerifyError
 from mmopt.evaluation import Evaluation, Judgement, load_evaluation
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.evaluate import ReferenceRunner
@@ -457,32 +456,6 @@ def write_onnx(module: Module, output: pathlib.Path) -> int:
         for path in staged:
             os.replace(path, output.with_name(path.name))
     return size
-
-
-def quantization(quant: str | None) -> list[str]:
-    """The pass that ``--quant`` stands for.
-
-    Raises:
-        UserError: An unknown preset, or a share that is none.
-    """
-    if quant is None:
-        return []
-    preset, given, share = quant.partition("=")
-    presets = ("full", "hierarchical", "mixed")
-    if preset not in presets:
-        raise UserError(f"there is no preset {preset!r}", where="--quant", hint=did_you_mean(preset, presets))
-    if not given:
-        return [f"{Quantize.name}{{preset={preset}}}"]
-    if quant == "mixed=metrics":
-        return [f"{Quantize.name}{{preset=mixed,by_metrics=true}}"]
-    try:
-        budget = float(share.removesuffix("bits")) / (32 if share.endswith("bits") else 1)
-    except ValueError:
-        budget = math.nan
-    if preset != "mixed" or not 0 < budget <= 1:
-        hint = "for example --quant mixed=0.2, mixed=5bits or mixed=metrics"
-        raise UserError(f"{quant!r} gives no budget", where="--quant", hint=hint)
-    return [f"{Quantize.name}{{preset=mixed,budget={budget:g}}}"]
 
 
 def evaluation(evaluator: str | None, metrics: Sequence[str], *, trust_code: bool) -> Evaluation | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -17,7 +18,7 @@ from hypothesis.extra import numpy as npst
 import mmopt
 from mmopt.analysis.calibration import MADE_UP, collect, save
 from mmopt.cli import main
-from mmopt.cli.optimizing import quantization
+from mmopt.cli.quantizing import quantization
 from mmopt.errors import UserError
 from mmopt.evaluation import Evaluation, load_evaluation
 from mmopt.ir.evaluate import ReferenceRunner
@@ -39,6 +40,7 @@ from mmopt.transforms.quantize.encoding import encode, encode_weight, squared_er
 from mmopt.transforms.quantize.gptq import gptq, output_error
 from mmopt.transforms.quantize.layers import layers
 from mmopt.transforms.quantize.quantize import by_place, steps_upwards, within
+from mmopt.transforms.quantize.recovery import recover
 from mmopt.transforms.quantize.scales import magnitudes
 from mmopt.transforms.quantize.sensitivity import measure
 from tests.canonical import count_ops, evaluate, module_from, ops
@@ -737,6 +739,10 @@ class TestPresets:
     def test_command(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert quantization("mixed=5bits") == ["quantize{preset=mixed,budget=0.15625}"]
         assert quantization("mixed=metrics") == ["quantize{preset=mixed,by_metrics=true}"]
+        assert quantization(None, "int8", recover=True) == ["quantize-static{rounding=adaround}"]
+        assert quantization("full", recover=True) == ["quantize{preset=full,rounding=adaround,recover=true}"]
+        with pytest.raises(UserError, match="nothing is quantized"):
+            quantization(None, "bf16", recover=True)
         ir.save(mlp().model, tmp_path / "m.onnx")
         np.savez(tmp_path / "x.npz", x=feeds(count=8))
         arguments = ["optimize", str(tmp_path / "m.onnx"), "-o", str(tmp_path / "a.onnx"), "--emit", "onnx"]
@@ -893,3 +899,59 @@ class TestMerging:
                     np.testing.assert_allclose(array, tensors[1][name], rtol=1e-6, atol=1e-7)
                 else:
                     np.testing.assert_array_equal(array, tensors[1][name])
+
+
+class TestRecovery:
+    @staticmethod
+    def samples(count: int = 64) -> np.ndarray:
+        return correlated(count)
+
+    @pytest.mark.parametrize(
+        "pass_", [QuantizeWeights(bits=4, recover=True), QuantizeWeights(bits=4, block=8, recover=True)]
+    )
+    def test_outputs_are_closer(self, pass_: QuantizeWeights) -> None:
+        x, unseen = self.samples(), self.samples(80)[64:]
+        recovered, context = mlp(), PassContext(inputs={"x": x})
+        assert pass_.run(recovered, context)
+        assert [problem for problem in verify(recovered) if problem.severity == "error"] == []
+        assert any("2 of 2 layers give more nearly" in remark.message for remark in context.remarks)
+        rounded = mlp()
+        assert dataclasses.replace(pass_, recover=False, method="adaround").run(rounded, PassContext(inputs={"x": x}))
+        errors = []
+        for module in (recovered, rounded):
+            pairs = [(evaluate(module, {"x": one})["y"], evaluate(mlp(), {"x": one})["y"]) for one in unseen]
+            errors.append(np.sqrt(np.mean([(a - b) ** 2 for a, b in pairs])))
+        assert errors[0] < 0.95 * errors[1]
+
+    def test_what_is_learned_makes_up_for_layers_before(self) -> None:
+        """With the second layer alone in 4 bits and the first one off by a constant, the bias takes it back."""
+        module, reference = mlp(), mlp()
+        bias = module.graph.initializers["c"]
+        bias.const_value = ir.tensor(bias.const_value.numpy() + np.float32(0.2), name="c")  # type: ignore[union-attr]
+        QuantizeWeights(bits=8, include=("MatMul_3",)).run(module, PassContext())
+        (found,) = recover(module, reference, {"x": self.samples()})
+        assert found.kept
+        assert found.after < 0.2 * found.before
+
+    def test_a_layer_that_gets_no_better_is_left_as_it_is(self) -> None:
+        module = mlp()
+        QuantizeWeights(bits=8).run(module, PassContext())
+        tensors = {name: v.const_value for name, v in module.graph.initializers.items()}
+        # It is measured against itself: nothing is lost that could be found again.
+        found = recover(module, module.clone(), {"x": self.samples(8)})
+        assert [one.kept for one in found] == [False, False]
+        assert all(module.graph.initializers[name].const_value is tensor for name, tensor in tensors.items())
+
+    def test_layers_that_read_integers_are_left_alone(self) -> None:
+        module = mlp()
+        QuantizeStatic().run(module, PassContext(inputs={"x": feeds()}))
+        assert recover(module, mlp(), {"x": feeds()}) == []
+
+    def test_needs_samples(self, tmp_path: pathlib.Path) -> None:
+        with pytest.raises(UserError, match="recovering needs samples"):
+            QuantizeWeights(bits=4, recover=True).run(mlp(), PassContext())
+
+    def test_preset(self) -> None:
+        module, context = TestPresets.deep(), TestPresets.context()
+        assert Quantize(preset="hierarchical", highest="w8", recover=True).run(module, context)
+        assert any("of 12 layers give more nearly" in remark.message for remark in context.remarks)

@@ -16,6 +16,8 @@ from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, nbytes, parameters
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
+from mmopt.transforms.quantize.recovery import recover_quantized
+from mmopt.transforms.quantize.rounding import grams_wanted
 from mmopt.transforms.quantize.sensitivity import Sensitivity, measure
 
 EDGE = 0.15
@@ -40,6 +42,9 @@ class Quantize(Pass):
         table: Schemes by pattern of node name (``*fc1*=w4``), which go before the preset's.
         stats: File of statistics (``mmopt calibrate``); the calibration samples of the run when empty.
         method: How ranges of activations are chosen.
+        rounding: Integers of weights in ``w8a8`` and ``w8a16``, as in ``quantize-static``.
+        recover: Whether integers and biases of ``w8`` and ``w4`` layers are chosen once more, layer after layer, so
+            that each gives what it gave in float although what it reads has changed.
         logits: Whether layers whose result leaves the model are quantized too.
     """
 
@@ -55,6 +60,8 @@ class Quantize(Pass):
     table: tuple[str, ...] = ()
     stats: str = ""
     method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
+    rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
+    recover: bool = False
     logits: bool = False
 
     def run(self, module: Module, context: PassContext) -> bool:
@@ -72,10 +79,13 @@ class Quantize(Pass):
                 found.append(layer)
         if not found:
             return False
-        calibration = calibration_of(self, self.stats, module, context)
+        calibration = calibration_of(self, self.stats, module, context, gram=grams_wanted(found, self.rounding))
+        reference = module.clone() if self.recover else None
         assignment = self._assignment(module, found, calibration, context)
         assignment.update(self._from_table(found))
-        assign(module, assignment, calibration, method=self.method)
+        assign(module, assignment, calibration, method=self.method, rounding=self.rounding)
+        if reference is not None:
+            recover_quantized(self, module, reference, context)
         self._tell(found, assignment, context)
         return any(name != FLOAT for name in assignment.values())
 

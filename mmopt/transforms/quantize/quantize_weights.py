@@ -19,6 +19,7 @@ from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Array, Encoding, encode_weight, squared_error
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
+from mmopt.transforms.quantize.recovery import recover_quantized
 from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 
 _SIGNED = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
@@ -39,6 +40,8 @@ class QuantizeWeights(Pass):
         search: Whether to clip extremes where that lessens the squared error.
         method: ``round`` to the nearest, or ``gptq`` or ``adaround``: choose integers for what the layer gives on
             calibration samples.
+        recover: Whether integers and biases are chosen once more, layer after layer, so that each gives what it gave in
+            float although what it reads has changed.
         stats: File of statistics with Gram matrices (``mmopt calibrate --gram``), for these two; the calibration
             samples of the run when empty.
         kinds: Operators to quantize.
@@ -54,6 +57,7 @@ class QuantizeWeights(Pass):
     symmetric: bool = True
     search: bool = True
     method: Literal["round", "gptq", "adaround"] = "round"
+    recover: bool = False
     stats: str = ""
     kinds: tuple[str, ...] = ("MatMul", "Gemm")
     include: tuple[str, ...] = ()
@@ -73,6 +77,7 @@ class QuantizeWeights(Pass):
             else:
                 chosen[layer.weight].append(layer)
         grams = self._grams(module, [layer for group in chosen.values() for layer in group], context)
+        reference = module.clone() if self.recover else None
         quantizer = Quantizer(module.model)
         before = after = 0
         for weight, group in chosen.items():
@@ -82,6 +87,8 @@ class QuantizeWeights(Pass):
             quantizer.constant(weight, integers, encoding, [layer.node for layer in group])
             before += data.nbytes
             after += data.size * self.bits // 8 + encoding.scale.size * (5 if self.symmetric else 6)
+        if reference is not None:
+            recover_quantized(self, module, reference, context)
         if chosen:
             self.remark(
                 context, "applied", "", f"{len(chosen)} weights in int{self.bits}: {before / 1e6:.1f} MB → "
