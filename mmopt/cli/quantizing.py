@@ -24,7 +24,7 @@ def quantization(quant: str | None, precision: str | None = None, *, recover: bo
     if quant is None:
         if recover and precision != "int8":
             raise UserError("nothing is quantized", where="--recover", hint="add --quant or --precision int8")
-        # Where both weights and what they multiply are integers, choosing the integers of weights is all there is to do.
+        # Where weights and what they multiply are integers, choosing the integers of weights is all there is to do.
         return [f"{QuantizeStatic.name}{{rounding=adaround}}"] if recover else []
     options = [*_options(quant), *(["rounding=adaround", "recover=true"] if recover else [])]
     return [f"{Quantize.name}{{{','.join(options)}}}"]
