@@ -87,6 +87,13 @@ def main() -> None:
 
     show("EXP", fit(exp_tail, -ln2 / 2 * 1.001, ln2 / 2 * 1.001, 5, lambda r: r**2 + 1e-9))
 
+    # 2^r = 1 + r p(r) on |r| <= ½, before rounding to bfloat16
+    def exp2_tail(r: np.ndarray) -> np.ndarray:
+        safe = np.where(np.abs(r) < 1e-4, 1.0, r)
+        return np.where(np.abs(r) < 1e-4, ln2 + r * ln2**2 / 2, (2.0**safe - 1) / safe)
+
+    show("EXP2_COARSE", fit(exp2_tail, -0.5, 0.5, 2, lambda r: np.abs(r) * 2.0**-r + 1e-9))
+
     # tanh(x) = x + x³ p(x²) on |x| <= 0.625
     def tanh_tail(s: np.ndarray) -> np.ndarray:
         x = np.sqrt(s)

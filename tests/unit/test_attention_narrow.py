@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 from onnx import helper
 
+from mmopt.backends.cpu.intrinsics import EXP2_COARSE
 from tests.programs import Example, Programs, model_of, wrong_answers
 from tests.unit.test_conv_narrow import ANY_LEVEL, QUICK, level, narrowed
 
@@ -110,3 +111,11 @@ def test_the_template_is_used_where_it_fits() -> None:
     assert "attention_bf16" in templates(SHAPES[-3])
     assert "attention" in templates(Heads(8, 300)), "fewer rows than a tile"
     assert "attention" in templates(Heads(64, 64, size=48)), "features that do not fill a panel"
+
+
+def test_the_coarse_exponential_is_as_good_as_it_says() -> None:
+    """It must be 1 at 0: the shift that puts in the exponent counts on those bits."""
+    r = np.linspace(-0.5, 0.5, 100_001)
+    value = np.polynomial.polynomial.polyval(r, EXP2_COARSE)
+    assert np.abs(value / 2.0**r - 1).max() < 1.1e-4
+    assert EXP2_COARSE[0] == 1.0

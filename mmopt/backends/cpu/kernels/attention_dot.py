@@ -20,7 +20,7 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.choosing import Workload
 from mmopt.backends.cpu.dot import Dot, MicroKernel, address, configure_tiles, importing, release_tiles
-from mmopt.backends.cpu.intrinsics import exp2_below_zero
+from mmopt.backends.cpu.intrinsics import EXP2_COARSE, exp2_below_zero
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, split_index, static
 from mmopt.backends.expressions import simplify
 
@@ -108,10 +108,9 @@ def _bits(value: Expr) -> Expr:
 
 
 def _rounded(value: Expr) -> Expr:
-    """The bits of a float32 rounded to bfloat16, halves to even."""
+    """The bits of a float32 from 0 to 1 rounded to bfloat16, halves up."""
     bits = tirx.reinterpret("uint32", value)
-    odd = tirx.bitwise_and(tirx.shift_right(bits, tirx.const(16, "uint32")), tirx.const(1, "uint32"))
-    return tirx.shift_right(bits + odd + tirx.const(0x7FFF, "uint32"), tirx.const(16, "uint32")).astype("uint16")
+    return tirx.shift_right(bits + tirx.const(0x8000, "uint32"), tirx.const(16, "uint32")).astype("uint16")
 
 
 def _pair(low: Expr, high: Expr | None) -> Expr:
@@ -259,8 +258,8 @@ class _Task:
         )
 
     def _exponentials(self, i: Expr, count: int, query: Expr, key: Expr) -> Stmt:
-        """Weights of row ``i``, which is ``query``, for keys from ``key`` on; its maximum, its sum and earlier results are
-        brought up to date."""
+        """Weights of row ``i``, which is ``query``, for keys from ``key`` on; the row's maximum, sum and earlier results
+        are brought up to date."""
         nest = self.nest
         start = i * nest.block
         # Units of the maximum: powers of two, or those of the mask where there is one.
@@ -336,7 +335,7 @@ class _Task:
             parts.append(statement)
             return name
 
-        value = kept(exp2_below_zero(kept(x), kept))
+        value = kept(exp2_below_zero(kept(x), kept, EXP2_COARSE))
         return parts, value
 
     def _finish(self, query: Expr, i: Expr) -> Stmt:
