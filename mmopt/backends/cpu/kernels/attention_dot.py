@@ -258,8 +258,8 @@ class _Task:
         )
 
     def _exponentials(self, i: Expr, count: int, query: Expr, key: Expr) -> Stmt:
-        """Weights of row ``i``, which is ``query``, for keys from ``key`` on; the row's maximum, sum and earlier results
-        are brought up to date."""
+        """Weights of row ``i``, which is ``query``, for keys from ``key`` on; its maximum, sum and earlier results are
+        brought up to date."""
         nest = self.nest
         start = i * nest.block
         # Units of the maximum: powers of two, or those of the mask where there is one.
