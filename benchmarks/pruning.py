@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib
+import importlib.util
 import json
+import multiprocessing
 import pathlib
-import subprocess
+import queue
 import sys
 import time
 from collections.abc import Sequence
@@ -84,9 +87,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        if options.peer:
-            print(json.dumps(run_peer(options.peer, options.share)))
-            return 0
         return _run(options)
     except MmoptError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -164,22 +164,40 @@ def _peer(name: str, share: float) -> str:
     """What Torch-Pruning makes of a network, in a few words."""
     if name in ZOO and not isinstance(ZOO[name], TorchModel):
         return "not a torch module"
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.pruning", ".", "--peer", name, "--share", str(share)]
+    if importlib.util.find_spec("torch_pruning") is None:
+        return "not installed"
+    importlib.import_module("torch_pruning")  # once, before the processes part
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    process = context.Process(target=_report_peer, args=(name, share, results))
+    process.start()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_LIMIT, check=False)
-    except subprocess.TimeoutExpired:
-        return f"fails: no end after {PEER_LIMIT} s"
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return f"fails: {last[:80]}".replace("|", "/")
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    if not found["runs"]:
-        return f"wrong: {found['problem'][:80]}".replace("|", "/").replace("\n", " ")
+        found = results.get(timeout=PEER_LIMIT)
+    except queue.Empty:
+        process.kill()
+        found = {"problem": f"no end after {PEER_LIMIT} s", "left": None}
+    process.join()
+    problem = " ".join(found["problem"][:90].replace("|", "/").split())
+    if found["left"] is None:
+        return f"fails: {problem}"
+    if problem:
+        return f"does not run: {problem}"
     return "prunes nothing" if found["left"] > 0.999 else f"runs, {found['left']:.0%} left"
 
 
+def _report_peer(name: str, share: float, results: Any) -> None:
+    try:
+        results.put(run_peer(name, share))
+    except Exception as error:  # whatever it raises is the finding
+        results.put({"problem": f"{type(error).__name__}: {error}", "left": None})
+
+
 def run_peer(name: str, share: float) -> dict[str, Any]:
-    """Prune a network with Torch-Pruning, and run it."""
+    """Prune a network with Torch-Pruning, and run it.
+
+    Returns:
+        ``left``, the share of parameters that is left, and ``problem``, what is wrong with what came out, or "".
+    """
     import torch
     import torch_pruning
 
@@ -209,9 +227,8 @@ def run_peer(name: str, share: float) -> dict[str, Any]:
     try:
         after = _shapes(network, arguments)
     except Exception as error:  # whatever the pruned network raises is the finding
-        return {"runs": False, "left": left, "problem": f"{type(error).__name__}: {error}"}
-    problem = "" if after == shapes else f"outputs of {after} instead of {shapes}"
-    return {"runs": not problem, "left": left, "problem": problem}
+        return {"left": left, "problem": f"{type(error).__name__}: {error}"}
+    return {"left": left, "problem": "" if after == shapes else f"outputs of {after} instead of {shapes}"}
 
 
 def _shapes(network: Any, arguments: tuple[Any, ...]) -> list[tuple[int, ...]]:
@@ -267,7 +284,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--graphs", metavar="NAME,…", help="some graphs only")
     parser.add_argument("--share", type=float, default=0.3, help="share of the units of every group that goes")
     parser.add_argument("--no-peer", action="store_true", help="leave Torch-Pruning out")
-    parser.add_argument("--peer", help=argparse.SUPPRESS)
     parser.add_argument("--write", action="store_true", help="put the table into docs/pruning.md")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything that was found")
     return parser
