@@ -13,6 +13,7 @@ import onnx_ir as ir
 import mmopt
 from mmopt.pipeline.base import Pass
 from mmopt.transforms.quantize import (
+    CompressWeights,
     EqualizeLayers,
     ProtectWeights,
     Quantize,
@@ -150,6 +151,10 @@ METHODS: dict[str, Method] = {
     "mmopt w4 gptq": by_mmopt(QuantizeWeights(bits=4, block=32, method="gptq")),
     "mmopt w4 adaround": by_mmopt(QuantizeWeights(bits=4, block=32, method="adaround")),
     "mmopt w4 awq + gptq": by_mmopt(ProtectWeights(), QuantizeWeights(bits=4, block=32, method="gptq")),
+    "mmopt w4 gptq with tables and gates": by_mmopt(
+        CompressWeights(bits=4), QuantizeWeights(bits=4, block=32, method="gptq")
+    ),
+    "mmopt w4 recovered": by_mmopt(QuantizeWeights(bits=4, block=32, recover=True)),
     "mmopt hierarchical": by_mmopt(Quantize(preset="hierarchical")),
     "onnxruntime MinMax": by_onnxruntime("MinMax"),
     "onnxruntime Entropy": by_onnxruntime("Entropy"),

@@ -32,6 +32,7 @@ from mmopt.transforms.quantize import (
     QuantizeDynamic,
     QuantizeStatic,
     QuantizeWeights,
+    SeparateModalities,
     SmoothActivations,
 )
 from mmopt.transforms.quantize.adaround import adaround
@@ -955,3 +956,78 @@ class TestRecovery:
         module, context = TestPresets.deep(), TestPresets.context()
         assert Quantize(preset="hierarchical", highest="w8", recover=True).run(module, context)
         assert any("of 12 layers give more nearly" in remark.message for remark in context.remarks)
+
+
+class TestModalities:
+    @staticmethod
+    def model() -> Module:
+        """Twelve loud tokens of a picture and six quiet ones of words in one transformer layer."""
+        text = """g (float[1,12,32] picture, float[1,5,32] words, float[1,1,32] cls, float[32,48] w, float[48] c,
+          float[48,32] v, float[32] g, float[32] b) => (float[1,18,32] y) {
+          x = Concat<axis = 1>(picture, cls, words) h = MatMul(x, w) i = Add(h, c) j = Relu(i) k = MatMul(j, v)
+          r = Add(k, x) n = LayerNormalization(r, g, b) y = Tanh(n) }"""
+        shapes = {"cls": (1, 1, 32), "w": (32, 48), "c": (48,), "v": (48, 32), "g": (32,), "b": (32,)}
+        module = weights(module_from(text, opset=21), **shapes)
+        random = np.random.default_rng(0)
+        for name in ("w", "v", "cls"):
+            data = random.standard_normal(shapes[name]).astype(np.float32) / 6
+            module.graph.initializers[name].const_value = ir.tensor(data, name=name)
+        module.graph.initializers["g"].const_value = ir.tensor(np.ones(32, np.float32), name="g")
+        return module
+
+    @staticmethod
+    def samples(count: int = 8) -> dict[str, np.ndarray]:
+        random = np.random.default_rng(1)
+        picture = 80 * random.standard_normal((count, 1, 12, 32))
+        return {"picture": picture.astype(np.float32), "words": random.random((count, 1, 5, 32)).astype(np.float32)}
+
+    def test_each_modality_has_its_own_scale(self) -> None:
+        data = self.samples()
+        x = {name: array[0] for name, array in data.items()}
+        want = evaluate(self.model(), x)["y"]
+        errors = []
+        for separate in (True, False):
+            module, context = self.model(), PassContext(inputs=data)
+            if separate:
+                assert SeparateModalities().run(module, context)
+                assert "2 layers compute tokens" in context.remarks[-1].message
+                np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-5)
+                assert SeparateModalities().run(module, context) is False
+            assert QuantizeStatic().run(module, context)
+            assert [problem for problem in verify(module) if problem.severity == "error"] == []
+            kinds = [
+                v.name
+                for v in module.graph.initializers.values()
+                if v.dtype == ir.DataType.INT8 and len(v.shape or ()) == 2
+            ]
+            assert len(kinds) == 2  # the parts share the integers of their weight
+            assert count_ops(module)["QuantizeLinear"] == (4 if separate else 2)
+            errors.append(np.abs(evaluate(module, x)["y"] - want)[:, 13:].mean())
+        assert errors[0] < 0.1 * errors[1]
+
+    def test_artifact(self, tmp_path: pathlib.Path) -> None:
+        data = self.samples()
+        result = mmopt.optimize(self.model(), passes=[SeparateModalities(), QuantizeStatic()], samples=data)
+        mmopt.compile(result.module, output=tmp_path / "a.mmopt", reference=result.module)
+        x = {name: array[1] for name, array in data.items()}
+        got = mmopt.load_artifact(tmp_path / "a.mmopt").run(x)["y"]
+        np.testing.assert_allclose(got, evaluate(result.module, x)["y"], atol=2e-2)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            "x = Concat<axis = 1>(words, words) y = MatMul(x, w)",  # one modality
+            "x = Concat<axis = 2>(words, more) y = MatMul(x, w)",  # channels, not tokens
+            "t = Concat<axis = 1>(words, more) x = Transpose<perm = [0, 2, 1]>(t) y = MatMul(x, w)",
+        ],
+    )
+    def test_what_is_left_alone(self, body: str) -> None:
+        size = 64 if "axis = 2" in body else 8 if "Transpose" in body else 32
+        text = f"g (float[1,4,32] words, float[1,4,32] more, float[{size},16] w) => (float[1,n,16] y) {{ {body} }}"
+        module = weights(module_from(text, opset=21), w=(size, 16))
+        assert SeparateModalities().run(module, PassContext()) is False
+
+    def test_tokens_of_unknown_number_are_left_alone(self) -> None:
+        text = """g (float[1,n,32] words, float[1,4,32] more, float[32,16] w) => (float[1,m,16] y) {
+          x = Concat<axis = 1>(words, more) y = MatMul(x, w) }"""
+        assert SeparateModalities().run(weights(module_from(text, opset=21), w=(32, 16)), PassContext()) is False

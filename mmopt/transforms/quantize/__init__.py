@@ -9,6 +9,7 @@ from mmopt.transforms.quantize.quantize import Quantize
 from mmopt.transforms.quantize.quantize_dynamic import QuantizeDynamic
 from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
+from mmopt.transforms.quantize.separate_modalities import SeparateModalities
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "QuantizeDynamic",
     "QuantizeStatic",
     "QuantizeWeights",
+    "SeparateModalities",
     "SmoothActivations",
 ]

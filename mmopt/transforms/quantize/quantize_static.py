@@ -19,6 +19,7 @@ import onnx_ir as ir
 from mmopt.analysis.calibration import Calibration, TensorStatistics, choose_range
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
+from mmopt.transforms.canonicalize.deduplicate_initializers import DeduplicateInitializers
 from mmopt.transforms.canonicalize.editing import Array, Names, is_onnx, tensor_of
 from mmopt.transforms.quantize.bias import add_to_bias, mean_error
 from mmopt.transforms.quantize.calibrating import calibration_of
@@ -101,6 +102,9 @@ class QuantizeStatic(Pass):
                 if self.portable and self.activation_bits == 8:
                     store_bias(quantizer, layer, encoding, weight)
         self._store_sums(module, quantizer, calibration, chosen)
+        readers = [layer.weight for group in chosen.values() for layer in group]
+        if len(set(readers)) < len(readers):  # each layer has integers of its own, even where weights were shared
+            DeduplicateInitializers().run(module, PassContext())
         counted = ", ".join(f"{kind} ×{count}" for kind, count in done.most_common())
         origin = f"{calibration.samples} {calibration.source} samples"
         self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
