@@ -6,10 +6,10 @@ FOLDER holds the networks of ``benchmarks.trained``, which are trained when miss
 
 *choices*: what is cut is chosen by mmopt, uniformly, at random, by the global magnitude of weights, or by Torch-Pruning
 (``pip install torch-pruning``); the same multiply-accumulates go, the same least-squares repair on the same unlabelled
-samples follows, and optionally the same distillation. Mean and range over seeds of the samples. *speed*: ``--prune-to``
-by least squares alone and with distillation: measured time, accuracy, and how long it took. *modalities*: half of the
-three-modal network goes; accuracy with one modality alone, the others blank. *latency*: predicted against measured time
-of models cut by various shares, with a plot (``--plot FILE.svg``).
+samples follows, and optionally the same distillation. Accuracy, and decisions as before: mean and range over seeds.
+*speed*: ``--prune-to`` by least squares alone and with distillation: measured time, accuracy, and how long it took.
+*modalities*: half of the three-modal network goes; accuracy with one modality alone, the others blank. *latency*:
+predicted against measured time of models cut by various shares, with a plot (``--plot FILE.svg``).
 """
 
 from __future__ import annotations
@@ -100,16 +100,20 @@ class Network:
         places = np.random.default_rng(seed).permutation(count)[:SAMPLES]
         return {name: array[places] for name, array in self.calibration.items()}
 
-    def accuracy(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> float:
-        """Percent of the test set that is right."""
-        right, size = 0, 100
+    def decisions(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> Any:
+        """The class that a module decides for, by sample of the test set."""
+        found, size = [], 100
         with ReferenceRunner() as runner:
             run = runner.prepare(module)
             for start in range(0, len(self.labels), size):
                 feeds = change({name: array[start : start + size] for name, array in self.test.items()})
                 (logits,) = run(feeds).values()
-                right += int((logits.argmax(axis=1) == self.labels[start : start + size]).sum())
-        return 100 * right / len(self.labels)
+                found.append(logits.argmax(axis=1))
+        return np.concatenate(found)
+
+    def accuracy(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> float:
+        """Percent of the test set that is right."""
+        return 100 * float((self.decisions(module, change) == self.labels).mean())
 
 
 def repaired(network: Network, module: Module, samples: Arrays, seed: int, *, distilled: bool) -> Module:
@@ -154,10 +158,11 @@ def choices(network: Network, options: argparse.Namespace) -> list[dict[str, Any
     for name, criterion in TORCH_PRUNING.items():
         ways[name] = lambda samples, seed, share, c=criterion: by_torch_pruning(network, samples, seed, share, c)
     rows = []
-    print(f"\n{network.name}: {network.accuracy(network.module):.2f} % before")
-    for share in SHARES:
+    before = network.decisions(network.module)
+    print(f"\n{network.name}: {100 * (before == network.labels).mean():.2f} % before")
+    for share in options.shares:
         for name, way in ways.items():
-            found = []
+            found: list[tuple[float, float]] = []
             for seed in range(options.seeds):
                 samples = network.drawn(seed)
                 try:
@@ -166,13 +171,14 @@ def choices(network: Network, options: argparse.Namespace) -> list[dict[str, Any
                     print(f"{share:.0%} {name}: {error.what}")
                     break
                 module = repaired(network, cut, samples, seed, distilled=options.distill)
-                found.append(network.accuracy(module))
+                after = network.decisions(module)
+                found.append((100 * (after == network.labels).mean(), 100 * (after == before).mean()))
             if not found:
                 continue
-            rows.append({"network": network.name, "share": share, "way": name, "accuracy": found})
-            print(
-                f"{share:.0%} {name:22} {statistics.mean(found):6.2f}  ({min(found):.2f}–{max(found):.2f})", flush=True
-            )
+            accuracy, same = zip(*found, strict=True)
+            rows.append({"network": network.name, "share": share, "way": name, "accuracy": accuracy, "same": same})
+            texts = [f"{statistics.mean(v):6.2f} ({min(v):.2f}–{max(v):.2f})" for v in (accuracy, same)]
+            print(f"{share:.0%} {name:22} accuracy {texts[0]}, decides as before {texts[1]}", flush=True)
     return rows
 
 
@@ -328,6 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"), metavar="FOLDER")
     parser.add_argument("--networks", default="", metavar="NAMES", help="with commas; default: all")
     parser.add_argument("--parts", default="", metavar="NAMES", help=f"of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE", help="of MACs to cut")
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
     parser.add_argument("--points", type=int, default=10, metavar="N", help="models to measure for latency")
     parser.add_argument("--distill", action="store_true", help="distillation after least squares, for all choices")
