@@ -252,12 +252,14 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
     if precision == "fp32":
         return ()
     if precision == "int8":
-        from mmopt.transforms.quantize import QuantizeStatic
+        from mmopt.transforms.quantize import QuantizeStatic, QuantizeWeights
 
         if any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes):
             return ()
         narrow = (NarrowFloats(kinds=("Attention",)),) if target and _multiplies_bf16(target) else ()
-        return (QuantizeStatic(portable=not target), *narrow)
+        # Layers whose result leaves the model read floats, but their weights are as large as others'.
+        stored = (QuantizeWeights(logits=True),) if target else ()
+        return (QuantizeStatic(portable=not target), *stored, *narrow)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)

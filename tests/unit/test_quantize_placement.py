@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+import mmopt
 from mmopt.api import choose_recipe
 from mmopt.cli import main
 from mmopt.ir.module import Module
@@ -79,6 +80,7 @@ class TestAttention:
         passes = [pass_ for phase in recipe.phases for pass_ in phase.passes]
         assert QuantizeStatic(portable=not target) in passes
         assert (NarrowFloats(kinds=("Attention",)) in passes) == narrow
+        assert (QuantizeWeights(logits=True) in passes) == bool(target)
 
     def test_nothing_but_its_operands_is_rounded(self) -> None:
         text = "float[1,2,32,32] q, float[32,32] w, int64[7] i, float[2000,32] t"
@@ -222,3 +224,14 @@ def test_a_bias_takes_up_what_is_corrected() -> None:
     after = [node for node in module.graph if node.op_type == "Add"]
     assert len(after) == before + 1, "MatMul without a bias gets one"
     assert unused(module) == []
+
+
+def test_layers_whose_result_leaves_keep_float_operands_and_store_integers() -> None:
+    """The last layer reads what the norm gives as it is; its weight is int8 all the same."""
+    result = mmopt.optimize(mlp(), precision="int8", samples={"x": feeds()}, target="sapphirerapids", validate="off")
+    tensors = result.module.graph.initializers.values()
+    floats = [v for v in tensors if v.dtype == ir.DataType.FLOAT and v.shape is not None and len(v.shape) == 2]
+    assert floats == []
+    want = evaluate(mlp(), {"x": feeds(7)[0]})["y"]
+    got = evaluate(result.module, {"x": feeds(7)[0]})["y"]
+    assert np.sqrt(((got - want) ** 2).mean() / (want**2).mean()) < 0.03
