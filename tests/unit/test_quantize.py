@@ -43,7 +43,7 @@ from mmopt.transforms.quantize.layers import layers
 from mmopt.transforms.quantize.quantize import by_place, steps_upwards, within
 from mmopt.transforms.quantize.recovery import recover
 from mmopt.transforms.quantize.scales import magnitudes
-from mmopt.transforms.quantize.sensitivity import measure
+from mmopt.transforms.quantize.sensitivity import EVALUATIONS, measure
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
 
@@ -666,6 +666,10 @@ class TestPresets:
             module, list(layers(module)), ["w4"], data, None, progress=lambda done, total: runs.append(total)
         )
         assert found.samples == 2  # 3 % of 40, rounded up
+        assert found.runs == pytest.approx(13 * 2 / 40)
+        both = measure(module, list(layers(module)), ["w4", "w8"], {"h0": feeds(count=400)}, None)
+        assert both.samples == 6  # 3 % of 400, for two schemes together
+        assert both.runs * 100 / 12 < 1.1 * EVALUATIONS
         assert len(runs) == 12
         changed = self.deep()
         QuantizeWeights(bits=4, block=32, include=("MatMul_6",)).run(changed, PassContext())

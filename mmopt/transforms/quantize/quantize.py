@@ -108,6 +108,9 @@ class Quantize(Pass):
             what = "there are no limits of metrics to go by"
             raise UserError(what, where=self.name, hint="give --eval module:function and --metrics")
         sensitivity = measure(module, found, known, context.inputs, calibration, evaluation=context.evaluation)
+        cost = f"each on {sensitivity.samples} samples, {sensitivity.runs:.2f} runs over all"
+        judged = f", {sensitivity.evaluations:.2f} runs of the evaluator" if sensitivity.evaluations else ""
+        self.remark(context, "note", "", f"sensitivity of {len(found)} layers measured: {cost}{judged}")
         for layer, error in sensitivity.ranked("w8a8")[:5]:
             self.remark(context, "note", layer, f"in w8a8 alone it moves the outputs by {error:.2%}")
         if not self.by_metrics:

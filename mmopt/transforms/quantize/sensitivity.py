@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mmopt.evaluation import Evaluation
 
 EVALUATIONS = 3.0
-"""Runs over all samples, for every hundred layers and scheme, that measuring may cost."""
+"""Runs over all samples, for every hundred layers, that measuring may cost; schemes share them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Sensitivity:
         errors: By (layer, scheme): root mean square error of the worst output, of its root mean square; with an
             evaluator, the part of what the limits of its metrics allow on top.
         samples: Samples each was measured on.
+        runs: Runs over all samples that it took.
         evaluations: Runs over all data of the evaluator that it took.
     """
 
     errors: Mapping[tuple[str, str], float]
     samples: int
+    runs: float = 0.0
     evaluations: float = 0.0
 
     def of(self, layer: str, scheme: str) -> float:
@@ -77,12 +79,13 @@ def measure(
     """
     batches = Batches(module, samples)
     pairs = [(layer, name) for layer in layers for name in schemes if name != FLOAT and SCHEMES[name].fits(layer)]
-    count = max(1, math.ceil(len(batches) * EVALUATIONS / 100))
+    schemes_each = max(1, len({name for _, name in pairs}))
+    count = max(1, math.ceil(len(batches) * EVALUATIONS / 100 / schemes_each))
     # Spread over the samples, so that no layer is judged by the first few alone.
     places = [number * len(batches) // count for number in range(count)]
     chosen = [batches[place] for place in places]
     errors: dict[tuple[str, str], float] = {}
-    share = min(1.0, EVALUATIONS / 100) if evaluation is not None and evaluation.partial else 1.0
+    share = min(1.0, EVALUATIONS / 100 / schemes_each) if evaluation is not None and evaluation.partial else 1.0
     with ReferenceRunner(threads=threads) as runner:
         reference: list[Any] = list(runner.stream(module, chosen))
         original = None if evaluation is None else evaluation.measure(runner.prepare(module), share=share)
@@ -96,4 +99,5 @@ def measure(
                 damage = evaluation.damage(evaluation.measure(runner.prepare(changed), share=share), original)
                 errors[layer.name, name] += max(damage, 0.0)
             progress(number + 1, len(pairs))
-    return Sensitivity(errors, count, 0.0 if evaluation is None else share * (len(pairs) + 1))
+    judged = 0.0 if evaluation is None else share * (len(pairs) + 1)
+    return Sensitivity(errors, count, count * (len(pairs) + 1) / len(batches), judged)
