@@ -217,6 +217,7 @@ class _Run:
         self._history: list[Judged] = []
         self._best_weights: list[Any] = []
         self._step, self._total = 0, self._planned()
+        self._lesson.measure(inputs for inputs, _ in self._data.held_feeds())
         self._judge()  # also fits adapters, which the optimizer has to know
         trained = [*self._parameters, *self._lesson.adapters.parameters()]
         self._scales = [max(float(p.detach().square().mean().sqrt()), _LEAST_SCALE) for p in trained]

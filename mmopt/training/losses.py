@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 from mmopt.errors import UserError, did_you_mean
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Outputs: TypeAlias = "Mapping[str, Tensor]"
+
+_TINY = 1e-30
 
 LABEL_FREE = ("sampled", "categorical", "norm")
 """Losses that need no labels, by name; :func:`label_free` says what they are."""
@@ -99,18 +101,27 @@ def _power(y: Tensor) -> Tensor:
     return torch.where(power > 0, power, torch.ones_like(power))
 
 
-def imitation(student: Tensor, teacher: Tensor, temperature: float | None) -> Tensor:
+def imitation(student: Tensor, teacher: Tensor, temperature: float | None, scale: float) -> Tensor:
     """How far an output is from the teacher's.
 
     With a temperature T, ``T² · KL(softmax(t/T) ‖ softmax(s/T))`` over axis 1, per row; without, the mean squared
-    error over the mean square of the teacher's about its mean.
+    error as a part of ``scale``.
     """
     teacher = teacher.detach()
     if temperature is None or student.ndim < 2:
-        spread = (
-            (teacher - teacher.mean(0, keepdim=True)).square().mean() if len(teacher) > 1 else teacher.square().mean()
-        )
-        return functional.mse_loss(student, teacher) / torch.clamp(spread, min=torch.finfo(torch.float32).tiny)
+        return functional.mse_loss(student, teacher) / scale
     s = functional.log_softmax(student.movedim(1, -1) / temperature, -1)
     t = functional.log_softmax(teacher.movedim(1, -1) / temperature, -1)
     return (t.exp() * (t - s)).sum(-1).mean() * temperature**2
+
+
+def variance(values: Sequence[Tensor]) -> float:
+    """Mean square of what several samples of a tensor are about the mean sample: what an error is a part of.
+
+    Samples of different sizes have one mean for all elements; of samples that are all alike, it is the mean square.
+    """
+    rows = [value.float().reshape(1) if value.ndim == 0 else value.float() for value in values]
+    alike = len({row.shape[1:] for row in rows}) == 1
+    whole = torch.cat(rows) if alike else torch.cat([row.reshape(-1) for row in rows])
+    found = float((whole - (whole.mean(0) if alike else whole.mean())).square().mean())
+    return max(found or float(whole.square().mean()), _TINY)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _RIDGE = 1e-2
+_MEASURED = 64
+"""Runs of the teacher that its variance is taken from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,13 +102,23 @@ class Lesson:
                 known = [str(value.name) for value in student.graph.outputs]
                 raise UserError(f"the student has no output {name!r}", hint=did_you_mean(name, known))
         self._labelled = labelled or str(student.graph.outputs[0].name)
-        self._features, self._classes, self._temperature = list(features), set(classes), temperature
+        self._features, self._temperatures = list(features), dict.fromkeys(classes, temperature)
+        self._scales: dict[str, float] = {}
         self._weights = weights
         ends = [feature.student for feature in features]
         self.graph = to_fx(student, list(dict.fromkeys([*self._names, self._labelled, *ends])))
         wanted = list(dict.fromkeys([*self._names, *(feature.teacher for feature in features)]))
         self._teacher = to_fx(teacher, wanted).requires_grad_(False)
         self.adapters = torch.nn.ModuleDict()
+
+    def measure(self, feeds: Iterable[Mapping[str, Any]]) -> None:
+        """Note how much the teacher's outputs and features vary over some samples: what errors are a part of."""
+        rows: dict[str, list[Tensor]] = {}
+        with torch.no_grad():
+            for inputs in itertools.islice(feeds, _MEASURED):
+                for name, value in self._teacher(**feed(self._teacher, inputs)).items():
+                    rows.setdefault(name, []).append(value)
+        self._scales = {name: losses.variance(values) for name, values in rows.items()}
 
     def parts(self, inputs: Mapping[str, Any], labels: np.ndarray[Any, Any] | None) -> dict[str, Tensor]:
         """The loss by part: ``output NAME``, ``feature TOWER``, ``task``; scalars, not yet weighed."""
@@ -114,14 +127,14 @@ class Lesson:
             right = self._teacher(**feed(self._teacher, inputs))
         found = {
             f"output {name}": losses.imitation(
-                made[name].float(), right[name].float(), self._temperature if name in self._classes else None
+                made[name].float(), right[name].float(), self._temperatures.get(name), self._scales.get(name, 1.0)
             )
             for name in self._names
         }
         for number, feature in enumerate(self._features):
             a, b = made[feature.student].float(), right[feature.teacher].float()
             key = f"feature {feature.tower}"
-            loss = losses.imitation(self._adapted(number, a, b), b, None)
+            loss = losses.imitation(self._adapted(number, a, b), b, None, self._scales.get(feature.teacher, 1.0))
             found[key] = found[key] + loss if key in found else loss
         if labels is not None:
             found["task"] = losses.task(made, from_numpy(labels), self._labelled)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import textwrap
+import time
 from typing import Any
 
 import numpy as np
@@ -358,6 +360,29 @@ def test_mistakes_write_nothing(
     assert _run(files, "student.onnx", "teacher.onnx", *given) == 2
     assert message in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on_to_the_same_file(files: pathlib.Path) -> None:
+    """SIGKILL at a moment of its own choosing, then --resume in a new process."""
+    folders = [files / "whole", files / "cut"]
+    commands = []
+    for folder in folders:
+        folder.mkdir()
+        names = ["student.onnx", "teacher.onnx", "--data", "plain.npz", "-o", str(folder / "out.onnx")]
+        commands.append(
+            [sys.executable, "-m", "mmopt.cli.main", "distill", *names, "--epochs", "60", "--patience", "0"]
+        )
+    subprocess.run(commands[0], cwd=files, check=True, capture_output=True)
+    cut = subprocess.Popen(commands[1], cwd=files, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folders[1] / "out.onnx.checkpoint").exists() and cut.poll() is None:
+        time.sleep(0.005)
+    cut.kill()
+    assert cut.wait() == -9, "it was not done yet"
+    resumed = subprocess.run([*commands[1], "--resume"], cwd=files, check=True, capture_output=True, text=True)
+    first = int(re.search(r"distill \[(\d+)/540\]", resumed.stderr).group(1))
+    assert first > 9
+    assert (folders[0] / "out.onnx").read_bytes() == (folders[1] / "out.onnx").read_bytes()
 
 
 def test_without_torch_the_extra_is_named(files: pathlib.Path) -> None:
