@@ -151,8 +151,13 @@ METHODS: dict[str, Method] = {
     "mmopt w4 gptq": by_mmopt(QuantizeWeights(bits=4, block=32, method="gptq")),
     "mmopt w4 adaround": by_mmopt(QuantizeWeights(bits=4, block=32, method="adaround")),
     "mmopt w4 awq + gptq": by_mmopt(ProtectWeights(), QuantizeWeights(bits=4, block=32, method="gptq")),
-    "mmopt w4 gptq with tables and gates": by_mmopt(
-        CompressWeights(bits=4), QuantizeWeights(bits=4, block=32, method="gptq")
+    "mmopt w4 gptq everywhere": by_mmopt(
+        CompressWeights(bits=4, block=32),
+        QuantizeWeights(bits=4, block=32, method="gptq", kinds=("MatMul", "Gemm", "Conv"), logits=True),
+    ),
+    "mmopt w4 adaround everywhere": by_mmopt(
+        CompressWeights(bits=4, block=32),
+        QuantizeWeights(bits=4, block=32, method="adaround", kinds=("MatMul", "Gemm", "Conv"), logits=True),
     ),
     "mmopt w4 recovered": by_mmopt(QuantizeWeights(bits=4, block=32, recover=True)),
     "mmopt hierarchical": by_mmopt(Quantize(preset="hierarchical")),
