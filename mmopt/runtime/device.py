@@ -70,12 +70,16 @@ class DeviceConverter(Converter):
         super().__init__(tvm_ffi)
         self._allocate = tvm_ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         self._copy = tvm_ffi.get_global_func("runtime.TVMTensorCopyFromTo")
-        self._synchronize = tvm_ffi.get_global_func("runtime.Device_StreamSync")
+        self._wait = tvm_ffi.get_global_func("runtime.Device_StreamSync")
         self.device, self._host = tvm_ffi.device("cuda", 0), tvm_ffi.device("cpu", 0)
 
     def empty(self, shape: Sequence[int], dtype: Any, device: Any) -> Any:
         """A new tensor on ``device``."""
         return self._allocate(self._ffi.Shape([int(d) for d in shape]), dtype, device, None)
+
+    def synchronize(self) -> None:
+        """Wait until the GPU has done everything it was told."""
+        self._wait(self.device, 0)
 
     def to_tvm(self, array: Array) -> Any:
         """A tensor in the GPU's memory with the content of ``array``."""
@@ -83,7 +87,7 @@ class DeviceConverter(Converter):
         there = self.empty(here.shape, here.dtype, self.device)
         if 0 not in tuple(here.shape):
             self._copy(here, there)
-            self._synchronize(self.device, 0)
+            self.synchronize()
         return there
 
     def to_numpy(self, tensor: Any, dtype: np.dtype[Any] | None = None, *, copy: bool = True) -> Array:
@@ -92,7 +96,7 @@ class DeviceConverter(Converter):
             return super().to_numpy(tensor, dtype, copy=copy)
         here = self.empty(tensor.shape, tensor.dtype, self._host)
         self._copy(tensor, here)
-        self._synchronize(self.device, 0)
+        self.synchronize()
         return super().to_numpy(here, dtype, copy=False)
 
 

@@ -38,9 +38,12 @@ struct mmopt_values {
   long long key_stride, size_stride;
   int size, keys;
 
-  __device__ __forceinline__ const unsigned char* operator()(int r, int k) const {
-    int key = Bytes == 4 ? (k & ~7) + (k & 3) * 2 + (k >> 2 & 1) : k;
-    return r < size && key < keys ? data + (key * key_stride + r * size_stride) * Bytes : nullptr;
+  __device__ __forceinline__ const unsigned char* row(int r) const {
+    return r < size ? data + r * size_stride * Bytes : nullptr;
+  }
+  __device__ __forceinline__ const unsigned char* at(const unsigned char* row, int k) const {
+    const int key = Bytes == 4 ? (k & ~7) + (k & 3) * 2 + (k >> 2 & 1) : k;
+    return row && key < keys ? row + key * key_stride * Bytes : nullptr;
   }
 };
 

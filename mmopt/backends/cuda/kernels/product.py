@@ -120,7 +120,7 @@ def choose_tile(
         return -(-blocks // multiprocessors) * tile.rows * tile.columns / tile.efficiency
 
     most = 16 if kind != "float32" else 4 if gathered else 8
-    fitting = [tile for tile in TILES if tile.mt * tile.nt <= most]
+    fitting = [tile for tile in TILES if tile.mt * tile.nt <= most] or list(TILES)
     return min(fitting, key=time)
 
 

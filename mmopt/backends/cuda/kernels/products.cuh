@@ -47,13 +47,13 @@ __device__ __forceinline__ void mmopt_wait() {
 
 __device__ __forceinline__ void mmopt_mma_f16(float* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[2 * half]), "r"(a[2 * half + 1]), "r"(b[half]));
 #endif
@@ -61,7 +61,7 @@ __device__ __forceinline__ void mmopt_mma_f16(float* d, const unsigned* a, const
 
 __device__ __forceinline__ void mmopt_mma_bf16(float* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -69,7 +69,7 @@ __device__ __forceinline__ void mmopt_mma_bf16(float* d, const unsigned* a, cons
 
 __device__ __forceinline__ void mmopt_mma_tf32(float* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
@@ -77,13 +77,13 @@ __device__ __forceinline__ void mmopt_mma_tf32(float* d, const unsigned* a, cons
 
 __device__ __forceinline__ void mmopt_mma_s8(int* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
   for (int part = 0; part < 4; ++part)  // rows g and g + 8, first and second half of the sum
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
                  : "+r"(d[part % 2 * 2]), "+r"(d[part % 2 * 2 + 1])
                  : "r"(a[part]), "r"(b[part / 2]));
 #endif
@@ -92,13 +92,13 @@ __device__ __forceinline__ void mmopt_mma_s8(int* d, const unsigned* a, const un
 // The first operand without signs.
 __device__ __forceinline__ void mmopt_mma_u8(int* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
   for (int part = 0; part < 4; ++part)  // rows g and g + 8, first and second half of the sum
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.u8.s8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
                  : "+r"(d[part % 2 * 2]), "+r"(d[part % 2 * 2 + 1])
                  : "r"(a[part]), "r"(b[part / 2]));
 #endif
@@ -107,13 +107,13 @@ __device__ __forceinline__ void mmopt_mma_u8(int* d, const unsigned* a, const un
 // The second operand without signs.
 __device__ __forceinline__ void mmopt_mma_s8u8(int* d, const unsigned* a, const unsigned* b) {
 #if __CUDA_ARCH__ >= 800
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #else
 #pragma unroll
   for (int part = 0; part < 4; ++part)  // rows g and g + 8, first and second half of the sum
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0,%1}, {%2}, {%3}, {%0,%1};"
                  : "+r"(d[part % 2 * 2]), "+r"(d[part % 2 * 2 + 1])
                  : "r"(a[part]), "r"(b[part / 2]));
 #endif
@@ -151,7 +151,8 @@ struct mmopt_rows {
   }
 };
 
-// Elements anywhere: the gatherer gives the address at (row, k), or null for `fill`. Rows are neighbours in memory.
+// Elements anywhere: of what the gatherer knows of a row it gives the address at k, or null for `fill`. Rows are
+// neighbours in memory.
 template <typename Gather, int Bytes>
 struct mmopt_gathered {
   static constexpr bool direct = false, along_rows = true;
@@ -160,9 +161,10 @@ struct mmopt_gathered {
 
   __device__ __forceinline__ mmopt_chunk get(int r, int k) const {
     mmopt_chunk chunk;
+    const auto row = gather.row(r);
 #pragma unroll
     for (int n = 0; n < MMOPT_CHUNK / Bytes; ++n) {
-      const unsigned char* from = gather(r, k / Bytes + n);
+      const unsigned char* from = gather.at(row, k / Bytes + n);
 #pragma unroll
       for (int b = 0; b < Bytes; ++b) chunk.byte[b + n * Bytes] = Bytes == 1 ? fill : 0;
       if (from) {
@@ -182,8 +184,11 @@ struct mmopt_strided {
   long long row_stride, k_stride;  // elements
   int rows, depth;
 
-  __device__ __forceinline__ const unsigned char* operator()(int r, int k) const {
-    return r < rows && k < depth ? data + (r * row_stride + k * k_stride) * Bytes : nullptr;
+  __device__ __forceinline__ const unsigned char* row(int r) const {
+    return r < rows ? data + r * row_stride * Bytes : nullptr;
+  }
+  __device__ __forceinline__ const unsigned char* at(const unsigned char* row, int k) const {
+    return row && k < depth ? row + k * k_stride * Bytes : nullptr;
   }
 };
 
@@ -191,19 +196,26 @@ struct mmopt_strided {
 template <int Bytes, int KH, int KW>
 struct mmopt_windows {
   const unsigned char* data;  // of the first channel
-  long long image;            // elements from one image to the next
+  long long image_stride;     // elements
   int first, pixels, depth;
   int height, width, out_height, out_width, stride_h, stride_w, dilation_h, dilation_w, before_h, before_w;
 
-  __device__ __forceinline__ const unsigned char* operator()(int r, int k) const {
-    int pixel = first + r;
-    if (pixel >= pixels || k >= depth) return nullptr;
-    int c = k / (KH * KW), tap = k - c * (KH * KW);
-    int x = pixel % out_width, rest = pixel / out_width;
-    int y = rest % out_height, n = rest / out_height;
-    int h = y * stride_h + tap / KW * dilation_h - before_h, w = x * stride_w + tap % KW * dilation_w - before_w;
-    if (h < 0 || h >= height || w < 0 || w >= width) return nullptr;
-    return data + (n * image + (static_cast<long long>(c) * height + h) * width + w) * Bytes;
+  struct Row {
+    const unsigned char* image;  // null beyond the last pixel
+    int h, w;                    // where the window begins
+  };
+
+  __device__ __forceinline__ Row row(int r) const {
+    const int pixel = first + r, rest = pixel / out_width, n = rest / out_height;
+    const unsigned char* image = pixel < pixels ? data + n * image_stride * Bytes : nullptr;
+    return {image, rest % out_height * stride_h - before_h, pixel % out_width * stride_w - before_w};
+  }
+
+  __device__ __forceinline__ const unsigned char* at(const Row& row, int k) const {
+    const int c = k / (KH * KW), tap = k - c * (KH * KW);
+    const int h = row.h + tap / KW * dilation_h, w = row.w + tap % KW * dilation_w;
+    const bool inside = row.image && k < depth && h >= 0 && h < height && w >= 0 && w < width;
+    return inside ? row.image + ((static_cast<long long>(c) * height + h) * width + w) * Bytes : nullptr;
   }
 };
 
@@ -246,7 +258,7 @@ template <int Kind, int MT, int NT>
 __device__ __forceinline__ void mmopt_step(typename mmopt_kind<Kind>::Sum* sum, const unsigned (&a)[MT][4], const unsigned (&b)[NT][2]) {
   if constexpr (Kind == MMOPT_F32) {
     // Each float is the sum of two tf32 numbers of 11 bits; the product of the small ones is below a float's precision.
-    unsigned a_big[MT][4], a_small[MT][4], b_big[NT][2], b_small[NT][2];
+    unsigned a_big[MT][4], a_small[MT][4];
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -255,20 +267,20 @@ __device__ __forceinline__ void mmopt_step(typename mmopt_kind<Kind>::Sum* sum, 
         a_small[m][n] = mmopt_to_tf32(__int_as_float(a[m][n]) - __int_as_float(a_big[m][n]));
       }
 #pragma unroll
-    for (int m = 0; m < NT; ++m)
+    for (int n = 0; n < NT; ++n) {
+      unsigned b_big[2], b_small[2];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        b_big[m][n] = mmopt_to_tf32(__int_as_float(b[m][n]));
-        b_small[m][n] = mmopt_to_tf32(__int_as_float(b[m][n]) - __int_as_float(b_big[m][n]));
+      for (int e = 0; e < 2; ++e) {
+        b_big[e] = mmopt_to_tf32(__int_as_float(b[n][e]));
+        b_small[e] = mmopt_to_tf32(__int_as_float(b[n][e]) - __int_as_float(b_big[e]));
       }
 #pragma unroll
-    for (int m = 0; m < MT; ++m)
-#pragma unroll
-      for (int n = 0; n < NT; ++n) {
-        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_small[m], b_big[n]);
-        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_big[m], b_small[n]);
-        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_big[m], b_big[n]);
+      for (int m = 0; m < MT; ++m) {
+        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_small[m], b_big);
+        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_big[m], b_small);
+        mmopt_mma_tf32(sum + (m * NT + n) * 4, a_big[m], b_big);
       }
+    }
   } else {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
