@@ -30,6 +30,9 @@ using tvm::ffi::String;
 constexpr int64_t kSchema = 1;
 constexpr char kLibrary[] = "lib.so";
 constexpr char kWeights[] = "weights.safetensors";
+constexpr char kIntegers[] = "__integers__.";
+constexpr char kScales[] = "__scales__.";
+constexpr char kFacts[] = "__encoded__.";
 
 json::Value parse(const std::string& text, const std::string& where) {
   String error;
@@ -139,6 +142,41 @@ constexpr char kMachine[] = "aarch64";
 constexpr char kMachine[] = "x86_64";
 #endif
 
+std::vector<int64_t> numbers(const json::Value& value, const char* what) {
+  std::vector<int64_t> found;
+  for (const Any& item : get<json::Array>(value, what)) found.push_back(get<int64_t>(item, what));
+  return found;
+}
+
+// A float32 weight that is stored in integers of 8 or 4 bits: the integers times scales, which neighbours share.
+Weight decode(const Weight& integers, const Weight& scales, const json::Value& facts) {
+  std::vector<int64_t> shape = numbers(member(facts, "shape"), "shape");
+  std::vector<int64_t> repeats = numbers(member(facts, "repeats"), "repeats");
+  bool pairs = get<int64_t>(member(facts, "bits"), "bits") == 4;  // two to a byte, the first in the lower half
+  static std::vector<Memory> kept;  // like mappings, until the process ends
+  int64_t size = 1, packed = 1;
+  for (int64_t extent : shape) size *= extent;
+  for (int64_t extent : integers.shape) packed *= extent;
+  bool fits = shape.size() == repeats.size() && shape.size() == scales.shape.size();
+  fits = fits && packed == (pairs ? (size + 1) / 2 : size);
+  for (size_t n = 0; fits && n < shape.size(); ++n) fits = scales.shape[n] * repeats[n] == shape[n];
+  if (!fits) throw std::runtime_error("the weight file is damaged: scales do not fit integers");
+  kept.emplace_back(static_cast<size_t>(size) * sizeof(float));
+  float* made = reinterpret_cast<float*>(kept.back().data());
+  const float* factors = reinterpret_cast<const float*>(scales.data);
+  const auto* bytes = reinterpret_cast<const int8_t*>(integers.data);
+  std::vector<int64_t> at(shape.size(), 0);
+  for (int64_t n = 0; n < size; ++n) {
+    int64_t place = 0;
+    for (size_t axis = 0; axis < shape.size(); ++axis) place = place * scales.shape[axis] + at[axis] / repeats[axis];
+    int value = bytes[pairs ? n / 2 : n];
+    if (pairs) value = (((n % 2 ? value >> 4 : value) & 15) ^ 8) - 8;
+    made[n] = static_cast<float>(value) * factors[place];
+    for (size_t axis = shape.size(); axis-- > 0 && ++at[axis] == shape[axis];) at[axis] = 0;
+  }
+  return {"float32", shape, kept.back().data()};
+}
+
 // The weights in a safetensors file.
 std::map<std::string, Weight> map_file(const std::string& path) {
   int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
@@ -178,6 +216,14 @@ std::map<std::string, Weight> map_file(const std::string& path) {
       weight.shape.push_back(std::stoll(extent));
     }
     weights[name] = weight;
+  }
+  for (const auto& [key, facts] : others) {
+    std::string name = text_of(key);
+    if (name.rfind(kFacts, 0) != 0) continue;
+    name.erase(0, std::strlen(kFacts));
+    weights[name] = decode(weights.at(kIntegers + name), weights.at(kScales + name), parse(text_of(facts), path));
+    weights.erase(kIntegers + name);
+    weights.erase(kScales + name);
   }
   return weights;
 }

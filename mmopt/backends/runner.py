@@ -70,6 +70,7 @@ def build_runner(profile: Profile, output: pathlib.Path, *, main: pathlib.Path |
 
 def _compile(profile: Profile, sources: Sequence[pathlib.Path], folder: pathlib.Path, program: pathlib.Path) -> None:
     names = [pathlib.PurePath(name).name for files in LIBRARIES.values() for name in files]
+    fresh = program.with_name(f".{program.name}-{os.getpid()}")  # what is there may be running
     run_zig(
         "c++",
         *("-target", zig_target(profile), "-std=c++17", "-O2", "-Wall", "-Wextra"),
@@ -81,8 +82,9 @@ def _compile(profile: Profile, sources: Sequence[pathlib.Path], folder: pathlib.
             "-Wl,--no-as-needed",
             *(f"-l{name.removeprefix('lib').removesuffix('.so')}" for name in names),
         ),
-        *("-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined", "-Wl,--strip-all", "-o", str(program)),
+        *("-Wl,-rpath,$ORIGIN/lib", "-Wl,--allow-shlib-undefined", "-Wl,--strip-all", "-o", str(fresh)),
     )
+    fresh.replace(program)
 
 
 def _package_folder(name: str) -> pathlib.Path:
