@@ -27,6 +27,8 @@ _RATE_INTEGERS, _RATE_FLOATS = 0.15, 1e-3
 """Adam's step: of the rounding variables, and of floats as a part of their root mean square."""
 _PENALTY = 2.0
 """Weight of the rounding penalty, as a multiple of the error at the start."""
+_MOST_KEPT = 1 << 30
+"""Bytes of targets of all blocks that are kept at a time; beyond, those of one block are."""
 _LINEAR = ("MatMul", "Gemm", "Conv", "ConvTranspose")
 
 
@@ -140,12 +142,27 @@ def reconstruct(
         raise UserError("there is no batch to reconstruct on", hint="give calibration samples")
     for block in blocks:
         _check(block, module, reference)
+    targets = _targets(reference, blocks, batches)
     results = []
     for number, block in enumerate(blocks):
         if progress is not None:
             progress(number, len(blocks), block.outputs[0])
-        results.append(_Training(module, reference, block, batches, originals or {}, seed).run(steps, rate))
+        aims = targets[number] if targets else list(_values(reference, block.outputs, batches))
+        results.append(_Training(module, aims, block, batches, originals or {}, seed).run(steps, rate))
     return tuple(results)
+
+
+def _targets(
+    reference: Module, blocks: Sequence[Block], batches: Sequence[Mapping[str, Array]]
+) -> list[list[dict[str, Any]]] | None:
+    """What every block aims at, in one pass over the batches; None where that is too much to keep."""
+    names = list(dict.fromkeys(name for block in blocks for name in block.outputs))
+    found: list[dict[str, Any]] = []
+    for values in _values(reference, names, batches):
+        found.append(values)
+        if sum(v.nbytes for v in values.values()) * len(batches) > _MOST_KEPT:
+            return None
+    return [[{name: values[name] for name in block.outputs} for values in found] for block in blocks]
 
 
 def _check(block: Block, module: Module, reference: Module) -> None:
@@ -170,7 +187,7 @@ class _Training:
     def __init__(
         self,
         module: Module,
-        reference: Module,
+        targets: list[dict[str, Any]],
         block: Block,
         batches: Sequence[Mapping[str, Array]],
         originals: Mapping[str, Array],
@@ -179,7 +196,7 @@ class _Training:
         self._block, self._seed = block, seed
         self._weights = {w.name: w for w in weights(module) if w.name in block.weights}
         self._inputs = list(_values(module, block.inputs, batches)) if block.inputs else list(batches)
-        self._targets = list(_values(reference, block.outputs, batches))
+        self._targets = targets
         self._graph = to_fx(module, block.outputs, block.inputs).requires_grad_(False)
         self._floats: dict[str, Any] = {}
         self._roundings: dict[str, Any] = {}
