@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 import mmopt
-from mmopt.analysis.calibration import MADE_UP, collect, save
+from mmopt.analysis.calibration import MADE_UP, TensorStatistics, collect, save
 from mmopt.cli import main
 from mmopt.cli.quantizing import quantization
 from mmopt.errors import UserError
@@ -34,6 +34,7 @@ from mmopt.transforms.quantize import (
     QuantizeWeights,
     SeparateModalities,
     SmoothActivations,
+    SplitRanges,
 )
 from mmopt.transforms.quantize.adaround import adaround
 from mmopt.transforms.quantize.assignment import SCHEMES
@@ -44,6 +45,7 @@ from mmopt.transforms.quantize.quantize import by_place, steps_upwards, within
 from mmopt.transforms.quantize.recovery import recover
 from mmopt.transforms.quantize.scales import magnitudes
 from mmopt.transforms.quantize.sensitivity import EVALUATIONS, measure
+from mmopt.transforms.quantize.split_ranges import best_threshold
 from tests.canonical import count_ops, evaluate, module_from, ops
 from tests.unit.test_rewrite import weights
 
@@ -1035,3 +1037,63 @@ class TestModalities:
         text = """g (float[1,n,32] words, float[1,4,32] more, float[32,16] w) => (float[1,m,16] y) {
           x = Concat<axis = 1>(words, more) y = MatMul(x, w) }"""
         assert SeparateModalities().run(weights(module_from(text, opset=21), w=(32, 16)), PassContext()) is False
+
+
+class TestSplitRanges:
+    @staticmethod
+    def model() -> Module:
+        """What a Gelu gives, 40 in a few places and below 1 elsewhere."""
+        text = """g (float[4,32] x, float[32,16] w, float[32,16] v) => (float[4,16] y) {
+          a = Gelu(x) b = MatMul(a, w) c = MatMul(a, v) d = Mul(b, c) y = Tanh(d) }"""
+        module = weights(module_from(text, opset=21), w=(32, 16), v=(32, 16))
+        random = np.random.default_rng(0)
+        for name in "wv":
+            data = random.standard_normal((32, 16)).astype(np.float32) / 6
+            module.graph.initializers[name].const_value = ir.tensor(data, name=name)
+        return module
+
+    @staticmethod
+    def samples(count: int = 16) -> np.ndarray:
+        random = np.random.default_rng(1)
+        x = random.standard_normal((count, 4, 32)).astype(np.float32) / 2
+        x[:, 0, 5] = 40  # the other rows, and most samples of this one, are far below
+        return x
+
+    def test_small_values_keep_fine_steps(self) -> None:
+        data = self.samples()
+        x = {"x": data[0]}
+        want = evaluate(self.model(), x)["y"]
+        errors = []
+        for split in (True, False):
+            module, context = self.model(), PassContext(inputs={"x": data})
+            if split:
+                assert SplitRanges().run(module, context)
+                np.testing.assert_allclose(evaluate(module, x)["y"], want, atol=1e-5)
+                assert "2 layers read two ranges" in context.remarks[-1].message
+                assert SplitRanges().run(module, context) is False
+            assert QuantizeStatic().run(module, context)
+            assert [problem for problem in verify(module) if problem.severity == "error"] == []
+            kinds = [v.dtype for v in module.graph.initializers.values() if len(v.shape or ()) == 2]
+            assert kinds == [ir.DataType.INT8] * 2  # both parts share the integers of a weight
+            errors.append(np.abs(evaluate(module, x)["y"] - want)[1:].mean())
+        assert errors[0] < 0.4 * errors[1]
+
+    def test_threshold_is_the_best_of_a_grid(self) -> None:
+        statistics = TensorStatistics()
+        values = np.concatenate([np.abs(np.random.default_rng(0).standard_normal(20_000)), [30.0, 35.0, 50.0]])
+        statistics.update(values)
+        threshold, gain = best_threshold(statistics)
+
+        def error(t: float) -> float:
+            first, second = t / 255, max(50 - t, 1e-9) / 255
+            small, large = np.minimum(values, t), np.maximum(values - t, 0)
+            return float(((np.rint(small / first) * first + np.rint(large / second) * second - values) ** 2).sum())
+
+        assert error(threshold) < 1.1 * min(error(t) for t in np.linspace(0.5, 49, 200))
+        assert gain == pytest.approx(np.sqrt(error(50.0) / error(threshold)), rel=0.1)
+
+    def test_what_is_even_is_left_alone(self) -> None:
+        context = PassContext(inputs={"x": np.random.default_rng(0).uniform(0, 2, (4, 4, 32)).astype(np.float32)})
+        assert SplitRanges().run(self.model(), context) is False
+        assert "times only" in context.remarks[0].message
+        assert SplitRanges(producers=("Softmax",)).run(self.model(), PassContext()) is False
