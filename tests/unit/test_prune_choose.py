@@ -130,9 +130,13 @@ def test_normalized_curves_weigh_towers_alike() -> None:
     groups = [group for group in find_groups(module) if not group.frozen]
     curves = {group.name: from_scores(np.full(group.units, 7.0)) for group in groups}
     found = normalized(curves, groups)
-    for tower in ("image", "text"):
-        members = [group.name for group in groups if group.tower == tower]
-        assert sum(found[name].damage[-1] for name in members) == pytest.approx(1.0)
+    towers = [[found[g.name] for g in groups if g.tower == tower] for tower in ("image", "text")]
+    whole = [sum(curve.damage[-1] for curve in curves) for curves in towers]
+    assert whole[0] == pytest.approx(whole[1])
+    for curve in found.values():
+        # The second half costs more than the first, although all units score alike.
+        half = len(curve.order) // 2
+        assert 0 < 2 * curve.damage[half] < curve.damage[-1]
 
 
 @pytest.mark.parametrize(("text", "expected"), [("40%", 0.4), ("0.25", 0.25), (" 5 %", 0.05)])

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 
 
+_NEARLY_ALL = 0.999
+"""Nothing left of a group would cost without bound."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Curve:
     """The units of one group from the least important to the most.
@@ -53,7 +57,8 @@ def normalized(
 ) -> dict[str, Curve]:
     """Curves that compare across groups, and towers that compare with each other.
 
-    Doing without a whole group costs its part in its tower, by ``weight``; every tower as a whole costs 1.
+    The damage of a group is the logarithm of what its scores lose, so that it grows the faster the less is left, and
+    counts by its part in its tower, by ``weight``: every tower as a whole costs the same.
 
     Args:
         curves: By name of the group.
@@ -69,5 +74,6 @@ def normalized(
     for name, curve in curves.items():
         whole = float(curve.damage[-1])
         part = weight(known[name]) / max(totals[known[name].tower], 1e-30)
-        result[name] = curve.scaled(part / whole if whole > 0 else 0.0)
+        lost = -np.log1p(-_NEARLY_ALL * curve.damage / whole) if whole > 0 else np.zeros_like(curve.damage)
+        result[name] = Curve(curve.order, part * lost)
     return result
