@@ -33,7 +33,7 @@ from benchmarks.models import chosen
 from benchmarks.trained import NETWORKS, prepare
 from mmopt.analysis.axes import find_groups
 from mmopt.bench import machine
-from mmopt.errors import MmoptError
+from mmopt.errors import MmoptError, UserError
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
@@ -144,7 +144,7 @@ def by_torch_pruning(network: Network, samples: Arrays, seed: int, share: float,
     cost = costs.macs(module, usable, costs.owners(module), costs.binding_of(module, samples))
     keep = choose(network.name, network.path, usable, samples, cost, cost.total() * (1 - share), criterion, seed)
     if not keep:
-        raise mmopt.UserError("Torch-Pruning does not get there with what it can cut")
+        raise UserError("Torch-Pruning does not get there with what it can cut")
     cut_units(module, groups, keep)
     return module
 
