@@ -3,10 +3,10 @@
 ``python -m benchmarks.pruning FOLDER [--graphs vgg,bert-base,…] [--share 0.3] [--no-peer] [--write] [--json FILE]``
 
 Torch-Pruning (``pip install torch-pruning``) runs on the same networks at the same share, each in a process of its own,
-with magnitudes as the criterion and the layers that make the outputs named to be left alone; nothing else is told to
-either. Of its networks it is checked that they run and keep the shapes of their outputs, not what they compute.
-Graphs are exported to ``FOLDER`` unless they are there. ``--write`` puts the table into docs/pruning.md. Exit code 1
-when a graph misses the bound.
+with magnitudes as the criterion, told which layers make the outputs and how many heads projections have. Of its
+networks it is checked that they run and keep the shapes of their outputs, not what they compute. Graphs are exported to
+``FOLDER`` unless they are there. ``--write`` puts the table into docs/pruning.md. Exit code 1 when a graph misses the
+bound.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ HEADER = (
     "| graph | groups cut | weights left | largest difference | Torch-Pruning |\n| --- | ---: | ---: | ---: | --- |"
 )
 PEER_LIMIT = 60
+_PROJECTIONS = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,9 @@ class Row:
 
     def line(self) -> str:
         """A row of the table."""
-        counts = f"{self.cut} of {self.groups}"
-        return f"| {self.name} | {counts} | {self.left:.0%} | {self.error:.0e} | {self.peer} |".replace(" 0e+00", " 0")
+        counts, left = (f"{self.cut} of {self.groups}", f"{self.left:.0%}") if self.groups else ("–", "–")
+        error = f"{self.error:.0e}" if self.error else "0"
+        return f"| {self.name} | {counts} | {left} | {error} | {self.peer} |"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -94,14 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    rows = []
-    for name in _chosen(options.graphs):
+    rows, names = [], _chosen(options.graphs)
+    # First, while this process has no threads yet that the others would be without.
+    peers = {} if options.no_peer else {name: _peer(name, options.share) for name in names}
+    for name in names:
         source = ZOO[name] if name in ZOO else ARCHITECTURES[name]
         if missing := source.missing():
             print(f"{name}: skipped, {missing} is missing", file=sys.stderr)
             continue
-        peer = "" if options.no_peer else _peer(name, options.share)
-        rows.append(cut_graph(name, options.folder, options.share, peer))
+        rows.append(cut_graph(name, options.folder, options.share, peers.get(name, "")))
         print(rows[-1].line(), flush=True)
     missed = [row.name for row in rows if not row.error <= BOUND]
     print(
@@ -221,6 +224,10 @@ def run_peer(name: str, share: float) -> dict[str, Any]:
         torch_pruning.importance.MagnitudeImportance(p=2),
         pruning_ratio=share,
         ignored_layers=_output_layers(network, arguments),
+        num_heads=_heads(network),
+        prune_num_heads=True,
+        prune_head_dims=False,
+        head_pruning_ratio=share,
     )
     pruner.step()
     left = sum(p.numel() for p in network.parameters()) / before
@@ -237,6 +244,22 @@ def _shapes(network: Any, arguments: tuple[Any, ...]) -> list[tuple[int, ...]]:
     with torch.no_grad():
         result = network(*arguments)
     return [tuple(value.shape) for value in (result if isinstance(result, tuple | list) else (result,))]
+
+
+def _heads(network: Any) -> dict[Any, int]:
+    """How many heads the projections of every attention have, as their modules say."""
+    import torch
+
+    heads = {}
+    for module in network.modules():
+        own = [getattr(module, name, None) for name in ("num_heads", "num_attention_heads", "n_heads", "heads")]
+        config = getattr(module, "config", None)
+        count = next((n for n in own if isinstance(n, int)), getattr(config, "num_attention_heads", None))
+        kept = getattr(config, "num_key_value_heads", None) or count
+        for name, layer in module.named_children():
+            if isinstance(count, int) and isinstance(layer, torch.nn.Linear) and name in _PROJECTIONS:
+                heads[layer] = count if name[0] == "q" else kept
+    return heads
 
 
 def _output_layers(network: Any, arguments: tuple[Any, ...]) -> list[Any]:

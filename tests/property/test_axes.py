@@ -151,14 +151,14 @@ def _check(data: st.DataObject) -> None:
         check_cuts(_draw_module(data), seed=data.draw(st.integers(0, 3), label="units"), moves=False)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=QUIET)
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=QUIET)
 @given(st.data())
 def test_slices_equal_masks_on_any_graph(data: st.DataObject) -> None:
     _check(data)
 
 
 @pytest.mark.slow
-@settings(max_examples=400, deadline=None, suppress_health_check=QUIET)
+@settings(max_examples=300, deadline=None, suppress_health_check=QUIET)
 @given(st.data())
 def test_slices_equal_masks_on_many_graphs(data: st.DataObject) -> None:
     _check(data)

@@ -12,31 +12,28 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.analysis.axes.space import Space
-from mmopt.errors import PassError
 from mmopt.transforms.canonicalize.editing import erase, new_node, replace
 from mmopt.transforms.prune.constants import Array, Constants
 
 
-def spell_out(node: ir.Node, masks: Mapping[int, Array], space: Space, constants: Constants) -> None:
+def spell_out(node: ir.Node, masks: Mapping[int, Array], rank: int, dtype: ir.DataType, constants: Constants) -> None:
     """Replace a normalization.
 
     Args:
         node: The normalization.
         masks: What stays, by axis.
-        space: Shapes.
+        rank: Rank of its operand.
+        dtype: Type of its operand.
         constants: Where new constants go.
     """
     value = node.inputs[0]
-    dtype = space.facts.dtype(value) if value is not None else None
-    if value is None or dtype is None:
-        raise PassError("the type of an operand is not known", where=f"{node.op_type} {node.name!r}")
+    if value is None:
+        return
     writer = _Writer(node, dtype, constants)
-    sizes = [space.extent(axis) for axis in space.of(value)]
     if node.op_type == "GroupNormalization":
-        result = _group(writer, value, sizes, masks[1])
+        result = _group(writer, value, rank, masks[1])
     else:
-        result = _plain(writer, value, len(sizes), masks)
+        result = _plain(writer, value, rank, masks)
     replace(node.outputs[0], result)
     erase([node])
 
@@ -103,7 +100,7 @@ def _affine(writer: _Writer, result: ir.Value, sizes: Sequence[int] | None) -> i
     return result
 
 
-def _group(writer: _Writer, value: ir.Value, sizes: Sequence[int | None], mask: Array) -> ir.Value:
+def _group(writer: _Writer, value: ir.Value, rank: int, mask: Array) -> ir.Value:
     groups = writer.node.attributes.get_int("num_groups", 1)
     members = mask.reshape(1, groups, -1, 1)
     left = np.maximum(members.sum(axis=2, keepdims=True), 1)
@@ -115,4 +112,4 @@ def _group(writer: _Writer, value: ir.Value, sizes: Sequence[int | None], mask: 
         flat = _affine(writer, flat, [1, groups, 1, 1])
     shape = writer.op("Shape", value)
     result = writer.op("Reshape", flat, shape)
-    return result if per_group else _affine(writer, result, [1, -1, *[1] * (len(sizes) - 2)])
+    return result if per_group else _affine(writer, result, [1, -1, *[1] * (rank - 2)])

@@ -8,14 +8,14 @@ mean and variance over what stays. All shapes stay, so that nothing here depends
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
 
 from mmopt.analysis.axes import Group, Mixing
-from mmopt.analysis.axes.space import Space
-from mmopt.analysis.shapes import infer_shapes
+from mmopt.analysis.shapes import ShapeFacts, infer_shapes
 from mmopt.errors import PassError
 from mmopt.ir.module import Module
 from mmopt.transforms.canonicalize.editing import new_node
@@ -59,43 +59,54 @@ def mask_units(module: Module, groups: Iterable[Group], keep: Keep) -> bool:
             masks[site.output, site.operand][site.axis, site.how].update(positions)
     if not masks:
         return bool(cut.groups)
-    space, constants = Space(infer_shapes(module.model)), Constants(module)
+    facts, constants = infer_shapes(module.model), Constants(module)
     nodes = {str(output.name): node for node in module.graph for output in node.outputs if output.name}
+    kinds = {key: _kind(nodes[key[0]], key[1], facts) for key in masks}
     for (output, operand), axes in masks.items():
-        _mask(nodes[output], operand, axes, space, constants)
+        _mask(nodes[output], operand, axes, kinds[output, operand], constants)
     return True
 
 
-def _mask(
-    node: ir.Node, operand: int, axes: dict[tuple[int, Mixing], set[int]], space: Space, constants: Constants
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What an operand was before anything was masked: its sizes (``None`` where not fixed) and type."""
+
+    sizes: tuple[int | None, ...]
+    dtype: ir.DataType
+
+
+def _kind(node: ir.Node, operand: int, facts: ShapeFacts) -> Kind:
     value = node.inputs[operand]
-    if value is None:
-        raise PassError("an operand to mask is missing", where=f"{node.op_type} {node.name!r}")
-    sizes = [space.extent(axis) for axis in space.of(value)]
+    shape, dtype = (None, None) if value is None else (facts.shape(value), facts.dtype(value))
+    if shape is None or dtype is None:
+        raise PassError("shape or type of an operand is not known", where=f"{node.op_type} {node.name!r}")
+    return Kind(tuple(size if isinstance(size, int) else None for size in shape), dtype)
+
+
+def _mask(
+    node: ir.Node, operand: int, axes: dict[tuple[int, Mixing], set[int]], kind: Kind, constants: Constants
+) -> None:
     statistics: dict[int, Array] = {}
     for (axis, how), removed in axes.items():
-        mask = np.ones(sizes[axis] or 0, dtype=bool)
+        mask = np.ones(kind.sizes[axis] or 0, dtype=bool)
         mask[sorted(removed)] = False
         if how is Mixing.STATISTICS:
             statistics[axis] = mask
             continue
-        shape = [1] * len(sizes)
+        shape = [1] * len(kind.sizes)
         shape[axis] = -1
-        _fill(node, operand, mask.reshape(shape), _FILL[how], constants, space.facts.dtype(value))
+        _fill(node, operand, mask.reshape(shape), _FILL[how], constants, kind.dtype)
         if how is Mixing.MEAN:
-            _rescale(node, float(mask.size / mask.sum()), constants, space.facts.dtype(value))
+            _rescale(node, float(mask.size / mask.sum()), constants, kind.dtype)
     if statistics:
-        spell_out(node, statistics, space, constants)
+        spell_out(node, statistics, len(kind.sizes), kind.dtype, constants)
 
 
-def _fill(
-    node: ir.Node, operand: int, mask: Array, fill: float, constants: Constants, dtype: ir.DataType | None
-) -> None:
+def _fill(node: ir.Node, operand: int, mask: Array, fill: float, constants: Constants, dtype: ir.DataType) -> None:
     """Put ``fill`` where the mask is false: into a weight, or by an operator in front of ``node``."""
     value = node.inputs[operand]
-    if value is None or dtype is None:
-        raise PassError("the type of an operand is not known", where=f"{node.op_type} {node.name!r}")
+    if value is None:
+        return
     tensor = ir.convenience.get_const_tensor(value)
     if tensor is not None:
         array = np.asarray(tensor.numpy())
@@ -112,11 +123,11 @@ def _fill(
     node.replace_input_with(operand, masked.outputs[0])
 
 
-def _rescale(node: ir.Node, factor: float, constants: Constants, dtype: ir.DataType | None) -> None:
+def _rescale(node: ir.Node, factor: float, constants: Constants, dtype: ir.DataType) -> None:
     """Multiply the result of ``node`` for all that read it."""
     output = node.outputs[0]
-    if dtype is None or node.graph is None:
-        raise PassError("the type of an operand is not known", where=f"{node.op_type} {node.name!r}")
+    if node.graph is None:
+        raise ValueError(f"node {node.name!r} is in no graph")
     scalar = constants.add(np.array(factor, dtype=dtype.numpy()), f"{output.name}_kept", dtype)
     scaled = ir.Node("", "Mul", [output, scalar], name=constants.names.fresh(f"{output.name}_rescaled"))
     scaled.outputs[0].name = constants.names.fresh(f"{output.name}_over_kept")
