@@ -20,7 +20,8 @@ from mmopt.transforms.prune.gradient_criteria import meeting
 from mmopt.transforms.prune.modalities import Blanks
 from mmopt.transforms.prune.observing import batches_of
 from tests.canonical import evaluate
-from tests.prunable import convolutions, perceptron, samples_of, two_modalities
+from tests.prunable import convolutions, named, perceptron, samples_of, two_modalities
+from tests.unit.tower_models import FLOAT, Net
 
 needs_torch = pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 
@@ -312,3 +313,23 @@ class TestWeights:
         RepairLeastSquares().run(module, context)
         for name, mask in zeros.items():
             assert (weight(module, name)[mask] == 0).all()
+
+
+def test_layers_that_share_the_zeros_they_start_from_are_cut_apart() -> None:
+    net = Net()
+    sizes = net.ints(1, 2, 8)
+    zeros = net.op("ConstantOfShape", sizes)
+    states = []
+    for name in ("a", "b"):
+        x = net.input(name, FLOAT, 5, 2, 6)
+        parts = [net.weight(1, 24, 6), net.weight(1, 24, 8), net.weight(1, 48)]
+        found = net.ops("GRU", x, *parts, None, zeros, outputs=2, hidden_size=8)
+        states.append(net.op("Squeeze", found[1], net.ints(0)))
+    module = named(net, net.op("Gemm", net.op("Concat", *states, axis=1), net.weight(3, 16), net.weight(3), transB=1))
+    assert len([g for g in find_groups(module) if g.kind == "hidden units"]) == 1
+    context = PassContext()
+    assert PruneStructured(share="30%", step=1).run(module, context)
+    assert any(remark.kind == "applied" for remark in context.remarks)
+    assert len({g.name for g in find_groups(module) if g.kind == "hidden units"}) == 2
+    feeds = {name: np.ones((5, 2, 6), np.float32) for name in ("a", "b")}
+    assert evaluate(module, feeds)["y0"].shape == (2, 3)

@@ -27,6 +27,7 @@ from mmopt.transforms.prune.latency import latency
 from mmopt.transforms.prune.observing import batches_of
 from mmopt.transforms.prune.reference import remember
 from mmopt.transforms.prune.sensitivity import SAMPLES, measured
+from mmopt.transforms.prune.separate_fills import separate_fills
 from mmopt.transforms.prune.slicing import slice_units
 
 Array = np.ndarray[Any, Any]
@@ -79,6 +80,7 @@ class PruneStructured(Pass):
         Raises:
             UserError: A budget that cannot be met, an unknown tower, or a criterion without what it needs.
         """
+        separated = separate_fills(module)
         groups = find_groups(module)
         usable = self._usable(groups, context)
         cost = self._cost(module, usable, context)
@@ -91,7 +93,7 @@ class PruneStructured(Pass):
         sizes = self._sizes(problem, goals)
         keep = {g.name: curves[g.name].kept(sizes[g.name]) for g in usable if sizes[g.name] < g.units}
         if not keep:
-            return False
+            return separated
         cut_units(module, groups, keep)
         self._tell(usable, sizes, problem, context)
         return True
