@@ -73,7 +73,7 @@ def compare(name: str, folder: pathlib.Path) -> list[dict[str, Any]]:
             )  # fmt: skip
         for row in rows[-len(losses) :]:
             mean, low, high = judging.interval(losses["mixed"], losses[row["preset"]])
-            row["less"] = [value / losses[row["preset"]].mean() for value in (mean, low, high)]
+            row["less"] = [float(value / losses[row["preset"]].mean()) for value in (mean, low, high)]
     return rows
 
 
