@@ -22,8 +22,8 @@ from mmopt.training.tensors import feed, to_numpy  # noqa: E402
 FAST = ("fusion-concat",)
 SLOW = [name for name in ZOO if name not in FAST]
 KINDS = ("static", "dynamic")
-FOLDED = {"fusion-weighted": {"join.weights"}}
-"""Parameters that the exporter computes with, so that the file has only the result: a softmax of constants."""
+FOLDED = {"fusion-weighted": {"join.weights"}, "clip-vit-b32": {"clip.logit_scale"}}
+"""Parameters that the exporter computes with, so that the file has only the result: a softmax, and an exponential."""
 
 
 def _models(*names: str) -> list[Any]:
