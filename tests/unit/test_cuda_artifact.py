@@ -18,8 +18,9 @@ from mmopt.building import build_artifact
 from mmopt.errors import BackendError, UnsupportedError, UserError
 from mmopt.ir.module import Module
 from mmopt.runtime import load_artifact
-from mmopt.runtime.device import labelled
+from mmopt.runtime.device import DeviceConverter, labelled
 from mmopt.runtime.gpu import present_gpu
+from mmopt.runtime.libraries import load_runtime
 from tests.operators import example, numbers
 
 toolkit = pytest.mark.skipif(
@@ -46,7 +47,7 @@ def small_module() -> Module:
 
 
 @toolkit
-@pytest.mark.parametrize("target", ["cuda-sm80", "cuda-sm90"])
+@pytest.mark.parametrize("target", ["cuda-sm80", pytest.param("cuda-sm90", marks=pytest.mark.slow)])
 def test_artifact_holds_machine_code_of_its_architecture(tmp_path: pathlib.Path, target: str) -> None:
     made = build_artifact(small_module(), load_profile(target), tmp_path / "g.mmopt")
     library = (made.path / "lib.so").read_bytes()
@@ -142,3 +143,15 @@ def test_table_of_addresses_seems_to_be_on_the_device() -> None:
     assert tensor.device.dlpack_device_type() == 2
     assert tuple(tensor.shape) == (5,)
     assert tensor.data_ptr() == table.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bool", "bfloat16"])
+def test_arrays_go_to_a_device_and_back(dtype: str) -> None:
+    """With the CPU for a device: the same calls of TVM's runtime."""
+    converter = DeviceConverter(load_runtime())
+    converter.device = tvm_ffi.device("cpu", 0)
+    array = numbers(3, 5, dtype=dtype)
+    tensor = converter.to_tvm(array)
+    assert tensor.data_ptr() != array.ctypes.data
+    np.testing.assert_array_equal(converter.to_numpy(tensor), array)
+    assert converter.to_numpy(converter.to_tvm(array[:0])).shape == (0, 5)

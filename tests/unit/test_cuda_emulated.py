@@ -51,6 +51,7 @@ OPERATORS = {
     "gather": ("y = Gather (x, i)", {"x": numbers(10, 6), "i": np.array([[3, -1], [0, 9]])}),
     "transposition": ("y = Transpose <perm = [2, 0, 1]> (x)", {"x": numbers(3, 4, 5)}),
     "running sums": ("y = CumSum (x, a)", {"x": numbers(3, 40), "a": np.array(1)}),
+    "running sums of rows too long for registers": ("y = CumSum (x, a)", {"x": numbers(3, 4, 300), "a": np.array(1)}),
     "largest": ("y, i = TopK (x, k)", {"x": numbers(4, 50), "k": np.array([5])}),
     "scattering": (
         "y = ScatterElements <axis = 0> (x, i, u)",

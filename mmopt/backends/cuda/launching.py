@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tvm import tirx
-from tvm.ir import Call, Expr, PointerType, PrimType, TensorLoad
+from tvm.ir import Call, Expr, TensorLoad
 from tvm.tirx import ForKind, Stmt
 
 from mmopt.backends.cpu.loops import i64, nothing, product, seq, static, when
@@ -196,9 +196,8 @@ def _placed(buffer: tirx.Buffer, number: Expr, count: Expr, memory: list[tirx.Bu
     known = static(size)
     if known is not None and known <= PRIVATE:
         return _in_registers(buffer)
-    room = simplify(tirx.floordiv(size + 15, i64(16)) * 16)
-    whole = tirx.decl_buffer((simplify(room * count),), "uint8", f"{buffer.name}_all")
+    room = simplify(product(buffer.shape))
+    whole = tirx.decl_buffer((simplify(room * count),), buffer.dtype, f"{buffer.name}_all")
     memory.append(whole)
-    address = tirx.handle_add_byte_offset(whole.data, number * room)
-    pointer = tirx.Var(f"{buffer.name}_mine", PointerType(PrimType(str(buffer.dtype))))
-    return seq(tirx.Bind(pointer, address), tirx.DeclBuffer(buffer, data=pointer))
+    address = tirx.address_of(tirx.BufferLoad(whole, [number * room]))
+    return tirx.DeclBuffer(buffer, data=address)
