@@ -26,6 +26,9 @@ LOG2_E = math.log2(math.e)
 REST = (8, 4)
 """Smaller tiles for rows left over, when their number is only known at run time."""
 
+STEPS = 4
+"""Features, or keys, in one round of the inner loop of a product."""
+
 Pair = Callable[[Expr, Expr], Expr]
 
 
@@ -368,7 +371,7 @@ class Tile:
             return tirx.BufferStore(task.scores, value, [i, panel * task.panel + n * lanes + v])
 
         def part(first: Expr, rows: int) -> Stmt:
-            tile = RegisterTile(task.dtype, rows, [lanes] * vectors, lanes)
+            tile = RegisterTile(task.dtype, rows, [lanes] * vectors, lanes, steps=STEPS)
             return tile.emit(
                 [i64(self.nest.size)],
                 lambda i, k: task.query[first + i, k],
@@ -574,7 +577,7 @@ class Tile:
                     return task.values[k, column]
                 return nest.v[(task.batch, task.head, self.start + k, column)].astype(task.dtype)
 
-            tile = RegisterTile(task.dtype, rows, used, lanes)
+            tile = RegisterTile(task.dtype, rows, used, lanes, steps=STEPS)
             return tile.emit([self.keys], lambda i, k: task.scores[start + i, k], b, deliver)
 
         def panel(first: Expr, used: list[int]) -> Stmt:

@@ -36,6 +36,9 @@ COLD_WORK = 32
 LONG_EPILOGUE = 6
 """Operations on each result from which their code is a loop, not repeated for every vector of the tile."""
 
+STEPS = 4
+"""Steps of the depth in one round of the inner loop."""
+
 TAILS = (1, 4, 8, 11)
 """Heights of the tiles that take the rows left over when their number is known at run time only."""
 
@@ -312,6 +315,7 @@ class _TileCode:
             missing,
             self.task.buffered or left is not None,
             chains=self.tile.rows * self.tile.vectors,
+            steps=STEPS,
             scratch=self.task.scratch,
             whole=padded,
             columns=left,
@@ -357,18 +361,20 @@ class _TileCode:
         size = itemsize(self.task.dtype)
         elements = max(1, LINE // size)
         lines = max(1, self.tile.columns // elements)
-        tiles, steps = static(self.task.grid.each), self.task.step
+        # ``k`` counts rounds of the register tile's loop.
+        each = self.register.steps
+        tiles, steps = static(self.task.grid.each), simplify(tirx.floordiv(self.task.step + (each - 1), i64(each)))
 
         def at(offset: Expr) -> Stmt:
             return fetch(self.panel.following(offset))
 
         if tiles is None:
-            share = tirx.floordiv(self.tile.columns + (self.task.grid.each - 1), self.task.grid.each)
+            share = tirx.floordiv(each * self.tile.columns + (self.task.grid.each - 1), self.task.grid.each)
             first = (self.number * steps + k) * share
-            others = seq(*(at(first + n * elements) for n in range(1, lines)))
-            return seq(at(first), when(share > elements, others) if lines > 1 else None)
-        every = 1 << max(1, tiles // lines).bit_length() - 1
-        count = -(-lines * every // tiles)
+            others = seq(*(at(first + n * elements) for n in range(1, each * lines)))
+            return seq(at(first), when(share > elements, others) if each * lines > 1 else None)
+        every = 1 << max(1, tiles // (each * lines)).bit_length() - 1
+        count = -(-each * lines * every // tiles)
         rounds = simplify(tirx.floordiv(steps + (every - 1), i64(every)))
         first = (self.number * rounds + tirx.floordiv(k, i64(every))) * count
         fetching = seq(*(at((first + n) * elements) for n in range(count)))
