@@ -259,7 +259,8 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
         narrow = (NarrowFloats(kinds=("Attention",)),) if target and _multiplies_bf16(target) else ()
         # Layers whose result leaves the model read floats, but their weights are as large as others'.
         stored = (QuantizeWeights(logits=True),) if target else ()
-        return (QuantizeStatic(portable=not target), *stored, *narrow)
+        # First bfloat16: behind a quantization, its error is judged by steps that happen to be taken otherwise.
+        return (*narrow, QuantizeStatic(portable=not target), *stored)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)

@@ -32,7 +32,7 @@ from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
 from mmopt.transforms.prune.reference import reference_of
-from mmopt.transforms.quantize import Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
+from mmopt.transforms.quantize import CompressWeights, Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
 from mmopt.verification import Verification, compare_runnables
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 _LOSSY = (
     "calibration", NarrowFloats.name, Quantize.name, QuantizeStatic.name, QuantizeDynamic.name, QuantizeWeights.name,
-    *PRUNING,
+    CompressWeights.name, *PRUNING,
 )  # fmt: skip
 """Whose remarks are shown on every run: what they say is part of the result."""
 
