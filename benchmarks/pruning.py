@@ -263,7 +263,7 @@ def _heads(network: Any) -> dict[Any, int]:
 
 
 def _output_layers(network: Any, arguments: tuple[Any, ...]) -> list[Any]:
-    """The modules with weights whose result is an output as it is, or the last of all."""
+    """The modules with weights whose result is an output as it is, and the last of all."""
     import torch
 
     results: list[tuple[Any, Any]] = []
@@ -278,7 +278,7 @@ def _output_layers(network: Any, arguments: tuple[Any, ...]) -> list[Any]:
         handle.remove()
     wanted = {id(value) for value in (outputs if isinstance(outputs, tuple | list) else (outputs,))}
     direct = [module for module, value in results if id(value) in wanted]
-    return direct or [results[-1][0]]
+    return [*direct, results[-1][0]]
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
