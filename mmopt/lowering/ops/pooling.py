@@ -132,7 +132,10 @@ def placed(
     positions = [windows.position(d, at[2 + d], k) for d, k in enumerate(steps)]
     tests = [t for p, e in zip(positions, shape[2:], strict=True) for t in (p >= i64(0), p < e)]
     nearest = [tirx.max(tirx.min(p, e - 1), i64(0)) for p, e in zip(positions, shape[2:], strict=True)]
-    return tirx.all(*tests), (*at[:2], *nearest)
+    # As a number: what is read under a condition that TVM understands loses the bounds that the condition implies, and
+    # a Select reads whether it holds or not.
+    inside = tirx.NE(tirx.all(*tests).astype("int8"), tirx.const(0, "int8"))
+    return inside, (*at[:2], *nearest)
 
 
 @lowers("MaxPool")
