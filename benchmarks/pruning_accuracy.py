@@ -136,7 +136,7 @@ def by_pass(network: Network, samples: Arrays, seed: int, share: float, options:
 
 def by_torch_pruning(network: Network, samples: Arrays, seed: int, share: float, criterion: str) -> Module:
     """The network with what Torch-Pruning chooses cut."""
-    from benchmarks.pruning_choices import by_torch_pruning as choose
+    from benchmarks.pruning_peers.choices import by_torch_pruning as choose
 
     module = network.module.clone()
     groups = find_groups(module)

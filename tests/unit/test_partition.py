@@ -277,6 +277,21 @@ def test_a_function_without_parameters_is_not_copied() -> None:
     assert instantiate(function, model.graph[0]) is function
 
 
+def test_calls_of_local_functions_in_a_body_are_native() -> None:
+    found = compiled(
+        """<ir_version: 9, opset_import: ["" : 18, "my" : 1]>
+        g (float[4] x, bool c) => (float[4] y) {
+          y = If (c) <
+            then_branch = a () => (float[4] p) { e = my.Twice(x) p = Exp(e) },
+            else_branch = b () => (float[4] q) { q = Neg(x) }>
+        }
+        <opset_import: ["" : 18], domain: "my">
+        Twice (x) => (z) { z = Add(x, x) }""",
+        {"x": floats(4), "c": np.array(True)},
+    )
+    assert found.kinds == ["native"]
+
+
 def test_contradictions_are_those_of_the_standard() -> None:
     node = _node(f"{HEAD} g (float[2,3] x, float[2,3] w) => (float[1,2,3] y) {{ y = Conv(x, w) }}")
     type_ = ir.TensorType(ir.DataType.FLOAT)

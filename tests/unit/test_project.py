@@ -109,7 +109,12 @@ class TestWheel:
         assert done.returncode == 0, done.stderr
         where, profiles, listing = done.stdout.split("\n", 2)
         assert pathlib.Path(where).is_relative_to(site)
-        assert set(profiles.split()) == {"arm", "cpu", "cuda", *(path.stem for path in (ROOT / "targets").glob("*.toml"))}
+        assert set(profiles.split()) == {
+            "arm",
+            "cpu",
+            "cuda",
+            *(path.stem for path in (ROOT / "targets").glob("*.toml")),
+        }
         for recipe in (ROOT / "passes" / "recipes").glob("*.toml"):
             assert re.search(rf"^{recipe.stem} ", listing, re.M)
 
@@ -292,7 +297,8 @@ class TestPages:
         assert "(docs/index.md)" in README
 
     def test_every_command_in_the_readme_is_one(self, capsys):
-        blocks = re.findall(r"```\n(.*?)```", README.replace("\\\n", " "), re.S)
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README.replace("\\\n", " "), re.S | re.M)
+        blocks = [text for language, text in fenced if not language]
         commands = [line for block in blocks for line in re.findall(r"^(?:\$ )?mmopt (.+)$", block, re.M)]
         words = [shlex.split(command, comments=True) for command in commands]
 

@@ -100,7 +100,7 @@ class ChannelStatistics:
     def empty(cls, axis: int, channels: int) -> ChannelStatistics:
         """Of nothing."""
         full = np.full(channels, np.inf)
-        return cls(axis, full, -full, *(np.zeros(channels) for _ in range(3)))
+        return cls(axis, full, -full, np.zeros(channels), np.zeros(channels), np.zeros(channels))
 
     def update(self, rows: Array) -> None:
         """Take in ``[values, channels]``."""

@@ -67,9 +67,7 @@ class Choice:
     kept: list[tuple[ir.Node, str]] = dataclasses.field(default_factory=list)
 
 
-def choose(
-    model: ir.Model, *, wide: Collection[ir.Value] = (), why: str = "", kinds: Collection[str] = ()
-) -> Choice:
+def choose(model: ir.Model, *, wide: Collection[ir.Value] = (), why: str = "", kinds: Collection[str] = ()) -> Choice:
     """Choose the values of ``model`` to round.
 
     Args:

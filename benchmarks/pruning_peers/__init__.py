@@ -1,0 +1,1 @@
+"""What other tools would prune of the trained networks."""
