@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= torch,bench,dev
+EXTRAS ?= torch,bench,cuda,arm,dev
 JOBS   ?= auto
 
 # A plain `pip install torch` on Linux brings gigabytes of CUDA libraries; this index has the same release without them.
