@@ -449,7 +449,7 @@ def test_what_the_system_does_to_us(
     error: BaseException,
     code: int,
 ) -> None:
-    def broken(*_: object) -> None:
+    def broken(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("mmopt.cli.run.load_artifact", broken)

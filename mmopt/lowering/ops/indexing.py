@@ -33,9 +33,9 @@ def gather(node: OpNode) -> Value:
         picked = np.array([int(e.value) for e in positions.flat], dtype=int).reshape(positions.shape)
         if values.size // max(values.shape[axis], 1) * picked.size <= MAX_ELEMENTS:
             return from_elements(np.take(values, picked, axis=axis), data.dtype)
-    known = data.quantized
-    if known is not None and known.value.constant is not None and indices.constant is None:
-        data = _halves(node, known) or data  # what is looked up is dequantized, and nothing else
+    stored = data.quantized
+    if stored is not None and stored.value.constant is not None and indices.constant is None:
+        data = _halves(node, stored) or data  # what is looked up is dequantized, and nothing else
     elif data.deferred and not node.context.lazy:
         node.context.realize([data], "operand")
     if indices.deferred and not node.context.lazy:
