@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Sequence
 
 import mmopt
-from benchmarks.models import TOLERANCE, chosen
+from benchmarks.models import TOLERANCES, chosen
 from benchmarks.zoo import ZOO, ZooModel
 from mmopt.bench import machine
 from mmopt.bench.measure import Plan
@@ -94,7 +94,7 @@ def measure(model: ZooModel, options: argparse.Namespace, work: pathlib.Path) ->
             optimized = mmopt.optimize(module, recipe=recipe, validate="end").module
             mmopt.compile(optimized, output=artifact, reference=module, entries={})
         specs.append(Spec("mmopt", label, str(artifact), options.threads))
-    plan = Options(Plan(options.rounds, options.time), 1, tolerance=TOLERANCE)
+    plan = Options(Plan(options.rounds, options.time), 1, tolerance=TOLERANCES["fp32"])
     return benchmark(specs, model.inputs(1), plan, inputs_from="the zoo")
 
 

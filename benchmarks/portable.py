@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 
-from benchmarks.models import TOLERANCE, chosen
+from benchmarks.models import TOLERANCES, chosen
 from benchmarks.zoo import ZOO, ZooModel
 from mmopt.bench import machine
 from mmopt.bench.measure import Plan
@@ -77,7 +77,7 @@ def measure(
     rewritten = work / "rewritten" / model.name / "model.onnx"
     if not (options.reuse and rewritten.exists()):
         rewrite(source, rewritten)
-    plan = Options(Plan(options.rounds, options.time), 1, tolerance=TOLERANCE)
+    plan = Options(Plan(options.rounds, options.time), 1, tolerance=TOLERANCES["fp32"])
     reports = {}
     for runtime in runtimes:
         files = {REWRITTEN: rewritten, EXPORTED: source}

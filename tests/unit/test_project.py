@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import email
+import importlib
 import importlib.metadata
 import os
 import pathlib
@@ -370,6 +371,15 @@ class TestPages:
         assert (profile.name, profile.cores, profile.features) == ("desktop", 8, ("avx", "avx2", "fma", "f16c"))
         for field in dataclasses.fields(Profile):
             assert f"`{field.name}`" in page
+
+    @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("[!_]*.py")), ids=lambda path: path.stem)
+    def test_every_script_can_be_imported(self, path):
+        try:
+            importlib.import_module(f"benchmarks.{path.stem}")
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith(("benchmarks", "mmopt")):
+                raise
+            pytest.skip(f"{error.name} is not installed")
 
     def test_every_script_is_in_the_page_on_benchmarks(self):
         page = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
