@@ -169,10 +169,3 @@ TEXT_OPERATORS = frozenset({"StringNormalizer", "TfIdfVectorizer", "RegexFullMat
 def is_contraction(op: str) -> bool:
     """Whether the operator mixes features by a sum of products: convolution, product of matrices, recurrence."""
     return op in CONVOLUTIONS or op in PRODUCTS or op in RECURRENT or op in ATTENTIONS
-
-
-def quantized_data_inputs(op: str) -> tuple[int, ...] | None:
-    """Positions of the data of operators that interleave tensors with scales and zero points."""
-    if op.endswith(("QLinearAdd", "QLinearMul", "QLinearMatMul", "QLinearConv", "QGemm")):
-        return (0, 3)
-    return None

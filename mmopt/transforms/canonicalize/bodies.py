@@ -4,7 +4,23 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from mmopt.transforms.canonicalize.editing import Names
+from mmopt.transforms.canonicalize.editing import Names, constant, is_onnx
+
+
+def unnamed(value: ir.Value) -> ir.Value:
+    """``value`` before Identity nodes gave it other names, as results of bodies often have."""
+    node = value.producer()
+    inner = node.inputs[0] if node is not None and is_onnx(node, "Identity") else None
+    return value if inner is None else unnamed(inner)
+
+
+def goes_on(value: ir.Value | None, given: ir.Value | None = None) -> bool:
+    """Whether a loop's condition is left out, always true, or handed on as ``given``."""
+    if value is None:
+        return True
+    source = unnamed(value)
+    array = constant(source)
+    return source is given or (array is not None and bool(array.all()))
 
 
 def move_initializer(value: ir.Value, body: ir.Graph, graph: ir.Graph, names: Names) -> None:

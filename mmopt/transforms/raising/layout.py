@@ -118,11 +118,6 @@ def regroup(atoms: Sequence[Atom], sizes: Sequence[Size | None]) -> tuple[Group,
     return None if queue else tuple(groups)
 
 
-def atoms_of(role: str, sizes: Sequence[Size]) -> list[Group]:
-    """One atom for each size, none for a size of 1."""
-    return [() if size == 1 else (Atom(role, (n,), size),) for n, size in enumerate(sizes)]
-
-
 def extent(atoms: Sequence[Atom]) -> Size:
     """Product of the extents."""
     return product(atom.size for atom in atoms)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from mmopt.transforms.canonicalize.editing import constant, integer, is_onnx
+from mmopt.transforms.canonicalize.bodies import goes_on, unnamed
+from mmopt.transforms.canonicalize.editing import integer, is_onnx
 from mmopt.transforms.canonicalize.rewriting import Rewriter
 from mmopt.transforms.raising.cells import Cell, read_cell
 from mmopt.transforms.raising.one_step import read_one_step
@@ -77,8 +78,8 @@ def _scan(node: ir.Node, rewriter: Rewriter) -> Body | str | None:
     frame = _Frame(
         node.inputs[:states],
         graph.inputs[:states],
-        [_named(value) for value in graph.outputs[:states]],
-        [_named(value) for value in graph.outputs[states:]],
+        [unnamed(value) for value in graph.outputs[:states]],
+        [unnamed(value) for value in graph.outputs[states:]],
         _numbers(node, "scan_output_axes", stacks),
         _numbers(node, "scan_output_directions", stacks),
     )
@@ -100,11 +101,11 @@ def _scan(node: ir.Node, rewriter: Rewriter) -> Body | str | None:
 def _loop(node: ir.Node, rewriter: Rewriter) -> Body | str | None:
     graph = node.attributes["body"].as_graph()
     states = len(node.inputs) - 2
-    stacked = [_named(value) for value in graph.outputs[1 + states :]]
+    stacked = [unnamed(value) for value in graph.outputs[1 + states :]]
     frame = _Frame(
         node.inputs[2:],
         graph.inputs[2:],
-        [_named(value) for value in graph.outputs[1 : 1 + states]],
+        [unnamed(value) for value in graph.outputs[1 : 1 + states]],
         stacked,
         [0] * len(stacked),
         [0] * len(stacked),
@@ -119,7 +120,7 @@ def _loop(node: ir.Node, rewriter: Rewriter) -> Body | str | None:
     shape = rewriter.shape(sequence)
     if sequence is None or sequence.graph is graph or shape is None or len(shape) != 3 or axis > 1:
         return f"{step.source.name} is no step of a sequence"
-    if not _runs_on(node.inputs[1], None) or not _runs_on(_named(graph.outputs[0]), graph.inputs[1]):
+    if not goes_on(node.inputs[1]) or not goes_on(graph.outputs[0], graph.inputs[1]):
         return "it may stop early"
     trips = None if node.inputs[0] is None else rewriter.facts.fact(node.inputs[0]).elements
     if trips is None or list(trips) != [shape[axis]]:
@@ -171,18 +172,3 @@ def _carries_cell_state(cell: Cell, frame: _Frame) -> bool:
 def _numbers(node: ir.Node, name: str, count: int) -> list[int]:
     attribute = node.attributes.get(name)
     return [0] * count if attribute is None else list(attribute.as_ints())
-
-
-def _named(value: ir.Value) -> ir.Value:
-    """``value`` before it was given another name."""
-    node = value.producer()
-    inner = node.inputs[0] if node is not None and is_onnx(node, "Identity") else None
-    return value if inner is None else _named(inner)
-
-
-def _runs_on(value: ir.Value | None, given: ir.Value | None) -> bool:
-    """Whether a condition is always true, or the one that was given."""
-    if value is None or value is given:
-        return True
-    array = constant(_named(value))
-    return array is not None and bool(array.all())

@@ -17,11 +17,10 @@ import onnx_ir as ir
 from mmopt.analysis.shapes import ShapeFacts, infer_shapes
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Pass, PassContext
-from mmopt.transforms.canonicalize.bodies import spill
+from mmopt.transforms.canonicalize.bodies import goes_on, spill
 from mmopt.transforms.canonicalize.editing import (
     Names,
     can_replace,
-    constant,
     drop_unused,
     erase,
     is_onnx,
@@ -78,19 +77,8 @@ def _trips(node: ir.Node, facts: ShapeFacts) -> int | None:
 def _runs_through(node: ir.Node) -> bool:
     """Whether no trip can end the loop, and each computes the same thing twice the same."""
     body = node.attributes["body"].as_graph()
-    begins = node.inputs[1] is None or _always(node.inputs[1])
-    given, after = body.inputs[1], body.outputs[0]
-    inner = after.producer()
-    while inner is not None and is_onnx(inner, "Identity") and inner.inputs[0] is not None:
-        after = inner.inputs[0]
-        inner = after.producer()
-    goes_on = after is given or _always(after)
-    return begins and goes_on and None not in node.inputs[2:] and not any(is_random(n) for n in body)
-
-
-def _always(value: ir.Value | None) -> bool:
-    array = constant(value)
-    return array is not None and bool(array.all())
+    steady = goes_on(node.inputs[1]) and goes_on(body.outputs[0], body.inputs[1])
+    return steady and None not in node.inputs[2:] and not any(is_random(n) for n in body)
 
 
 def _unroll(node: ir.Node, trips: int, names: Names) -> None:

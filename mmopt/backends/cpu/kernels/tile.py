@@ -155,23 +155,6 @@ class RegisterTile:
             done = when(partial.last, done, self._each(lambda i, n, v: self._put_away(partial, i, n, v)))
         return seq(self.accumulate(depth, a, b, ahead=ahead, partial=partial), done)
 
-    def emit_rows(
-        self, depth: Sequence[Expr], a: ReadA, b: ReadB, deliver: Callable[..., Stmt], used: int | None = None
-    ) -> Stmt:
-        """Like :meth:`emit`, but ``deliver(row, lane, values)`` gets the same lane of all (full) vectors at once.
-
-        Only the first ``used`` lanes are delivered when given.
-        """
-        values, save = self._saved() if self.rows > 1 else (self.acc[0][0], None)
-
-        def row(i: Expr) -> Stmt:
-            def lane(v: Expr) -> Stmt:
-                return deliver(i, v, [values[i * self.width + n * self.lanes + v] for n in range(len(self.spans))])
-
-            return loop(used or self.lanes, lane, "vectorized", "v")
-
-        return seq(self.accumulate(depth, a, b), save, loop(self._count(), row, name="i"))
-
     def accumulate(
         self,
         depth: Sequence[Expr],
