@@ -67,7 +67,7 @@ def _here(name: str) -> bool:
 def measure(
     model: ZooModel, runtimes: Sequence[str], options: argparse.Namespace, work: pathlib.Path
 ) -> dict[str, Report]:
-    """Measure one model in every runtime.
+    """Measure one model in every runtime that runs it at all.
 
     Raises:
         BackendError: mmopt cannot rewrite it, or a runtime cannot run what mmopt emits.
@@ -82,9 +82,14 @@ def measure(
     for runtime in runtimes:
         files = {REWRITTEN: rewritten, EXPORTED: source}
         specs = [Spec(runtime, label, str(path), options.threads) for label, path in files.items()]
-        reports[runtime] = benchmark(specs, model.inputs(1), plan, inputs_from="the zoo")
-        if EXPORTED in reports[runtime].left_out or REWRITTEN in reports[runtime].left_out:
-            raise BackendError(f"{runtime} does not run it: {reports[runtime].left_out}", where=model.name)
+        try:
+            reports[runtime] = benchmark(specs, model.inputs(1), plan, inputs_from="the zoo")
+        except BackendError as error:
+            print(f"{model.name}: {runtime} runs it neither as exported nor rewritten: {error.hint}", file=sys.stderr)
+            continue
+        if REWRITTEN in reports[runtime].left_out:
+            problem = reports[runtime].left_out[REWRITTEN]
+            raise BackendError(f"{runtime} runs it as exported, but not as rewritten: {problem}", where=model.name)
     return reports
 
 
@@ -102,22 +107,31 @@ def rewrite(source: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def gain(report: Report) -> float | None:
-    """Time of the exported model over that of the rewritten one; ``None`` where an answer is wrong."""
-    if report.disagreements:
+    """Time of the exported model over that of the rewritten one; ``None`` where one has none."""
+    if report.disagreements or report.left_out:
         return None
     ratio = report.ratios().get(EXPORTED)
     return None if ratio is None else ratio.value
+
+
+def _cell(report: Report | None) -> str:
+    if report is None:
+        return "does not run"
+    if report.left_out:
+        return "only rewritten"
+    value = gain(report)
+    return "WRONG" if value is None else f"{value:.2f}×"
 
 
 def summary(reports: dict[str, dict[str, Report]], runtimes: Sequence[str]) -> list[str]:
     """A table of gains: above 1 the rewritten model is faster."""
     lines = [f"| model | {' | '.join(runtimes)} |", f"|{' --- |' * (len(runtimes) + 1)}"]
     for name, found in reports.items():
-        cells = [gain(found[runtime]) for runtime in runtimes]
-        lines.append(f"| {name} | {' | '.join('WRONG' if cell is None else f'{cell:.2f}×' for cell in cells)} |")
+        lines.append(f"| {name} | {' | '.join(_cell(found.get(runtime)) for runtime in runtimes)} |")
     means = []
     for runtime in runtimes:
-        values = [value for found in reports.values() if (value := gain(found[runtime])) is not None]
+        ran = (found[runtime] for found in reports.values() if runtime in found)
+        values = [value for report in ran if (value := gain(report)) is not None]
         means.append(f"{geometric_mean(values):.3f}×" if values else "–")
     return [*lines, f"| geometric mean | {' | '.join(means)} |"]
 
