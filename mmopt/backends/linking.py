@@ -6,17 +6,19 @@ needed to compile for a machine one does not have.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError, UserError
+from mmopt.runtime.artifact import Order
 from mmopt.runtime.cpu import machine
 
 GLIBC = "2.28"
@@ -24,6 +26,25 @@ GLIBC = "2.28"
 
 _COMPILERS = ("g++", "clang++", "c++")
 _ARCHITECTURES = {"arm64": "aarch64", "amd64": "x86_64"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """What a backend makes of a program.
+
+    Attributes:
+        data: The shared library.
+        workspace: Bytes of memory that a call needs.
+        facts: What the backend says of kernels in reports, by name.
+        repeatable: Functions that do the same on a device whatever their inputs hold, with the order in which it has
+            to be done, as in :class:`mmopt.runtime.artifact.Segment`.
+    """
+
+    data: bytes
+    workspace: int
+    facts: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    repeatable: Mapping[str, Order] = dataclasses.field(default_factory=dict)
+
 
 Linker = Callable[..., None]
 """What TVM calls with the name of the library, those of its parts, and options."""

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("kernel", "template", "workload", "parameters", "chosen by", "calls", "predicted", "measured", "rate")
 
+DEVICE_COLUMNS = ("on the GPU", "threads", "registers", "shared bytes", "stack bytes", "spilled bytes", "occupancy")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -82,6 +84,8 @@ def inspect_kernels(
             peaks, no_peak = _peaks(manifest.kernels, session.threads)
     rows = rows_of(manifest.kernels, timed, peaks)
     show.result(table((*COLUMNS, "of peak", "of time"), [_cells(row) for row in rows]))
+    if device := _on_device(manifest.kernels):
+        show.result(table(DEVICE_COLUMNS, device))
     if timed is None:
         show.result(f"not measured: {why}")
     else:
@@ -165,6 +169,14 @@ def _of_peak(kernel: Mapping[str, Any], rate: float, peaks: Peaks | None) -> flo
 
     peak = peaks.operations.get(kind_of(_dtypes(kernel)))
     return rate / peak if peak else None
+
+
+def _on_device(kernels: Sequence[Mapping[str, Any]]) -> list[tuple[object, ...]]:
+    """What each kernel takes of a GPU's multiprocessor, as the compiler said."""
+    keys = ("threads", "registers", "shared", "stack", "spills")
+    parts = [(kernel["name"], part) for kernel in kernels for part in kernel.get("device", ())]
+    filled = [f"{part['occupancy']:.0%}" if "occupancy" in part else "-" for _, part in parts]
+    return [(name, *(part.get(key, "-") for key in keys), f) for (name, part), f in zip(parts, filled, strict=True)]
 
 
 def _cells(row: Row) -> tuple[object, ...]:

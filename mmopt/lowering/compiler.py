@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import onnx_ir as ir
 
 from mmopt.backends.cpu.choosing import Chooser
+from mmopt.backends.linking import Library
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
 from mmopt.lowering.partition import Part, partition
@@ -66,8 +67,11 @@ def compile_module(
     library: bytes | None = None
     if native:
         collected = builder.module()
-        library, workspace = library_builder(profile)(collected, profile, list(builder.kernels))
-        done = {name: _with_workspace(entry, workspace) for name, entry in done.items()}
+        made = library_builder(profile)(collected, profile, list(builder.kernels))
+        library = made.data
+        for name, facts in made.facts.items():
+            builder.kernels[name] |= facts
+        done = {name: _finished(entry, made) for name, entry in done.items()}
     return Program(
         library=library,
         weights=builder.weights,
@@ -80,9 +84,16 @@ def compile_module(
     )
 
 
-def _with_workspace(entry: EntryPoint, size: int) -> EntryPoint:
-    segments = tuple(dataclasses.replace(s, workspace=size) if s.kind == "native" else s for s in entry.segments)
-    return dataclasses.replace(entry, segments=segments)
+def _finished(entry: EntryPoint, library: Library) -> EntryPoint:
+    """``entry`` with what is known of its functions once they are compiled."""
+
+    def finished(segment: Segment) -> Segment:
+        if segment.kind != "native":
+            return segment
+        found = library.repeatable.get(segment.function)
+        return dataclasses.replace(segment, workspace=library.workspace, repeats=found is not None, order=found or ())
+
+    return dataclasses.replace(entry, segments=tuple(map(finished, entry.segments)))
 
 
 def _segment(part: Part, builder: ProgramBuilder, fallback: dict[str, object]) -> Segment:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import tvm
 
 from mmopt.backends.cpu.emit import KernelEmitter
+from mmopt.backends.linking import Library
 from mmopt.backends.profile import Profile
 
 if TYPE_CHECKING:
@@ -16,8 +17,8 @@ if TYPE_CHECKING:
     from mmopt.lowering.registry import OpNode
     from mmopt.lowering.values import Value
 
-LibraryBuilder = Callable[[tvm.IRModule, Profile, Sequence[str]], tuple[bytes, int]]
-"""Makes the shared library of a module, and says how many bytes of workspace a call needs."""
+LibraryBuilder = Callable[[tvm.IRModule, Profile, Sequence[str]], Library]
+"""Makes the shared library of a module and the kernels with the names given."""
 
 
 class Templates(Protocol):

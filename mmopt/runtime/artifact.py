@@ -62,6 +62,10 @@ class TensorSpec:
         return text if self.kind == "tensor" else f"{self.kind}({text})"
 
 
+Order = tuple[tuple[int, tuple[int, ...]], ...]
+"""Steps on a device: of each how many kernels it launches, and which earlier steps it has to wait for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Segment:
     """A part of an entry point that one engine executes; later segments read the values earlier ones made, by name.
@@ -81,6 +85,9 @@ class Segment:
             the manifest's kernels, cycles of the CPU's counter spent in it and calls, and one more, its last reading.
         workspace: Native: bytes that a run needs for itself, with ``table``.
         fresh: Native: every result is memory of its own, which nobody else uses.
+        repeats: Native, on a device: the function launches the same kernels whatever its inputs hold, so that they can
+            be recorded and repeated, for inputs of the same shapes.
+        order: With ``repeats``: the order its kernels have to keep; when empty, that in which they are launched.
     """
 
     kind: str
@@ -92,10 +99,13 @@ class Segment:
     table: bool = False
     fresh: bool = False
     workspace: int = 0
+    repeats: bool = False
+    order: Order = ()
 
     def to_json(self) -> dict[str, Any]:
         """The form the manifest holds."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        made = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+        return made | {"order": [[count, list(after)] for count, after in self.order]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Segment:
@@ -110,6 +120,8 @@ class Segment:
             table=bool(data.get("table", False)),
             fresh=bool(data.get("fresh", False)),
             workspace=int(data.get("workspace", 0)),
+            repeats=bool(data.get("repeats", False)),
+            order=tuple((int(count), tuple(map(int, after))) for count, after in data.get("order", ())),
         )
 
 

@@ -6,9 +6,14 @@ Only this file knows about devices; everything else of a session is the same as 
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import functools
 import importlib.util
 import pathlib
+import threading
+import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -16,12 +21,19 @@ import numpy as np
 
 from mmopt.errors import BackendError
 from mmopt.runtime.artifact import Segment
+from mmopt.runtime.graphs import GraphRuntime, Recording
 from mmopt.runtime.libraries import installed_libraries, load_runtime
 from mmopt.runtime.native import Machine, NativeEngine
 from mmopt.runtime.tensors import Array, Converter
 
 CUDA_LIBRARY = "libtvm_runtime_cuda.so"
 """TVM's runtime for NVIDIA GPUs, which comes with the wheel ``apache-tvm``."""
+
+CUDART = "libcudart.so.13"
+"""NVIDIA's runtime that TVM's is linked with."""
+
+RECORDED = 16
+"""Recordings that a virtual machine keeps, one for each function and shapes of inputs."""
 
 _CPU, _CUDA, _POOLED = 1, 2, 2
 _LOADER = "ffi.Module.load_from_bytes.cuda"
@@ -83,12 +95,24 @@ class DeviceConverter(Converter):
 
     def to_tvm(self, array: Array) -> Any:
         """A tensor in the GPU's memory with the content of ``array``."""
-        here = super().to_tvm(array)
-        there = self.empty(here.shape, here.dtype, self.device)
-        if 0 not in tuple(here.shape):
-            self._copy(here, there)
-            self.synchronize()
+        return self.copied(super().to_tvm(array))
+
+    def copied(self, tensor: Any) -> Any:
+        """A tensor of its own in the GPU's memory with the content of ``tensor``, wherever that is."""
+        there = self.empty(tensor.shape, tensor.dtype, self.device)
+        self._fill(there, tensor)
         return there
+
+    def fill(self, there: Any, value: Any) -> None:
+        """Give a tensor in the GPU's memory the content of an array or tensor of the same shape."""
+        self._fill(there, super().to_tvm(value) if isinstance(value, np.ndarray) else value)
+
+    def _fill(self, there: Any, tensor: Any) -> None:
+        if 0 in tuple(tensor.shape):
+            return
+        self._copy(tensor, there)
+        if tensor.device.dlpack_device_type() == _CPU:  # the memory it was in is not ours
+            self.synchronize()
 
     def to_numpy(self, tensor: Any, dtype: np.dtype[Any] | None = None, *, copy: bool = True) -> Array:
         """An array with the content of ``tensor``, wherever that is."""
@@ -100,12 +124,84 @@ class DeviceConverter(Converter):
         return super().to_numpy(here, dtype, copy=False)
 
 
+@dataclasses.dataclass
+class _Recorded:
+    """A call that is recorded: fill ``inputs``, run ``recording``, take what is in ``results``."""
+
+    recording: Recording
+    inputs: list[Any]
+    results: list[Any]
+
+
 class DeviceEngine(NativeEngine):
-    """As :class:`NativeEngine`, on a GPU."""
+    """As :class:`NativeEngine`, on a GPU.
+
+    The second time that a function is called with inputs of the same shapes its launches are recorded, and repeated
+    from then on.
+
+    Attributes:
+        records: Whether to do so.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.records = True
+        self._recording = threading.Lock()
 
     def _runtime(self, carried: Sequence[pathlib.Path]) -> tuple[ModuleType, Converter]:
         tvm_ffi = load_cuda_runtime(carried)
         return tvm_ffi, DeviceConverter(tvm_ffi)
+
+    @functools.cached_property
+    def _graphs(self) -> GraphRuntime:
+        return GraphRuntime(ctypes.CDLL(CUDART))
+
+    @functools.cached_property
+    def _recorder(self) -> ThreadPoolExecutor:
+        """The thread that records. It lasts as long as recordings: temporaries are in memory that belongs to it."""
+        return ThreadPoolExecutor(1, "mmopt-record")
+
+    def _call(self, segment: Segment, machine: Machine, values: Sequence[Any]) -> list[Any]:
+        if not (self.records and segment.repeats):
+            return super()._call(segment, machine, values)
+        key = (segment.function, *((tuple(value.shape), str(value.dtype)) for value in values))
+        if key not in machine.recorded:
+            machine.recorded[key] = None
+            while len(machine.recorded) > RECORDED:
+                del machine.recorded[next(iter(machine.recorded))]
+            return super()._call(segment, machine, values)
+        if machine.recorded[key] is None:
+            try:
+                with self._recording:
+                    machine.recorded[key] = self._record(segment, machine, values)
+            except BackendError as error:
+                warnings.warn(f"{segment.function} is launched kernel by kernel: {error}", RuntimeWarning, stacklevel=2)
+                self.records = False
+                return super()._call(segment, machine, values)
+        return self._repeat(machine.recorded[key], values)
+
+    def _record(self, segment: Segment, machine: Machine, values: Sequence[Any]) -> _Recorded:
+        converter = self.convert
+        assert isinstance(converter, DeviceConverter)
+        inputs = [converter.to_tvm(v) if isinstance(v, np.ndarray) else converter.copied(v) for v in values]
+        plain = super()._call
+
+        def launch() -> list[Any]:
+            with self._ffi.use_raw_stream(converter.device, self._graphs.stream):
+                return plain(segment, machine, inputs)
+
+        work = self._recorder.submit(lambda: self._graphs.record(launch, segment.order))
+        recording, results = work.result()
+        return _Recorded(recording, inputs, results)
+
+    def _repeat(self, recorded: _Recorded, values: Sequence[Any]) -> list[Any]:
+        """Copies are ordered with the recording, for the stream that it runs on waits for the one that copies do."""
+        converter = self.convert
+        assert isinstance(converter, DeviceConverter)
+        for there, value in zip(recorded.inputs, values, strict=True):
+            converter.fill(there, value)
+        recorded.recording.run()
+        return [converter.copied(result) for result in recorded.results]
 
     def _machine(self) -> Machine:
         return Machine(self._load_vm(), (_CUDA, 0, _POOLED, _CPU, 0, _POOLED))
@@ -121,7 +217,7 @@ class DeviceEngine(NativeEngine):
             machine.device_workspace = converter.empty((size,), self._ffi.dtype("uint8"), converter.device)
         room = machine.device_workspace.data_ptr()
         table = np.array([0, room, *(t.data_ptr() for t in tensors)], np.int64)
-        return labelled(self._ffi, table, _CUDA)
+        return labelled(self._ffi, table, converter.device.dlpack_device_type())
 
 
 # -- memory of the host that is passed as if it were the device's ------------------------------------------------

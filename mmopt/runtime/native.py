@@ -6,7 +6,7 @@ import contextlib
 import os
 import pathlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any, TypeVar
@@ -106,6 +106,7 @@ class Machine:
         self.staged: dict[tuple[str, int], tuple[Array, Any]] = {}
         self.workspace = aligned_empty(0)
         self.device_workspace: Any = None
+        self.recorded: dict[Hashable, Any] = {}
 
     def function(self, name: str) -> Any:
         if name not in self._functions:
@@ -133,7 +134,7 @@ class NativeEngine:
         self._idle: list[Machine] = []
         self._lock = threading.Lock()
         try:
-            self._library = tvm_ffi.load_module(str(library))
+            self._library = self._load(library)
             self._load_vm = self._library["vm_load_executable"]
         except (RuntimeError, ValueError, AttributeError, OSError) as error:
             raise BackendError(f"cannot load the compiled library: {error}", where=str(library)) from error
@@ -141,6 +142,9 @@ class NativeEngine:
     def _runtime(self, carried: Sequence[pathlib.Path]) -> tuple[ModuleType, Converter]:
         tvm_ffi = load_runtime(carried)
         return tvm_ffi, Converter(tvm_ffi)
+
+    def _load(self, library: pathlib.Path) -> Any:
+        return self._ffi.load_module(str(library))
 
     def _machine(self) -> Machine:
         return Machine(self._load_vm())
@@ -182,14 +186,10 @@ class NativeEngine:
 
     def _invoke(self, segment: Segment, values: Sequence[Any]) -> list[Any]:
         machine = self._acquire()
-        arguments = [
-            self._argument(segment, machine, position, value) if isinstance(value, np.ndarray) else value
-            for position, value in enumerate(values)
-        ]
-        if segment.params or segment.table:
-            arguments.append(self._param_array(segment, machine))
         try:
-            results = list(machine.function(segment.function)(*arguments))
+            results = self._call(segment, machine, values)
+        except BackendError:
+            raise
         except Exception as error:  # tvm_ffi raises whatever type the kernel's check names
             raise BackendError(f"{segment.function} failed: {error}") from error
         # Only a machine that came through goes back: one that failed may hold half a call frame.
@@ -198,6 +198,15 @@ class NativeEngine:
         if len(results) != len(segment.outputs):
             raise BackendError(f"{segment.function} gave {len(results)} values instead of {len(segment.outputs)}")
         return results
+
+    def _call(self, segment: Segment, machine: Machine, values: Sequence[Any]) -> list[Any]:
+        arguments = [
+            self._argument(segment, machine, position, value) if isinstance(value, np.ndarray) else value
+            for position, value in enumerate(values)
+        ]
+        if segment.params or segment.table:
+            arguments.append(self._param_array(segment, machine))
+        return list(machine.function(segment.function)(*arguments))
 
     def _acquire(self) -> Machine:
         with self._lock:

@@ -6,12 +6,15 @@ and take the place of the CUDA module among the library's imports.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import pathlib
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,9 +26,14 @@ from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions
 from mmopt.lowering.partition import Part, partition
 from mmopt.lowering.program import ProgramBuilder
+from mmopt.runtime.artifact import Segment
+from mmopt.runtime.device import DeviceConverter, DeviceEngine
+from mmopt.runtime.graphs import GraphRuntime
+from mmopt.runtime.libraries import load_runtime
+from mmopt.runtime.native import Machine
 from mmopt.runtime.tensors import Converter
 
-HEADER = pathlib.Path(__file__).with_name("emulator.h")
+HEADER = pathlib.Path(__file__).with_name("graphs.h")
 _KERNEL = re.compile(r'^extern "C" __global__ void (?:__launch_bounds__\(\d+\) )?(\w+)\((.*)\) \{$', re.MULTILINE)
 _MEETING = ("__syncthreads", "__shfl", "__syncwarp", "mmopt_")
 
@@ -50,14 +58,14 @@ def host_source(source: str) -> str:
 
 def _wrapper(name: str, parameters: str, cooperative: bool) -> str:
     types = [p.rsplit(" ", 1)[0].replace("__restrict__", "").strip() for p in parameters.split(",") if p.strip()]
-    values = ", ".join(f"argument<{t}>(args[{n}])" for n, t in enumerate(types))
-    count = len(types)
+    values = ", ".join(f"p{n} = argument<{t}>(args[{n}])" for n, t in enumerate(types))
+    names, count = ", ".join(f"p{n}" for n in range(len(types))), len(types)
     return f"""
 extern "C" int __tvm_ffi_{name}(void*, const Argument* args, int32_t count, Argument*) {{
   unsigned extent[3] = {{1, 1, 1}};
   for (int n = {count}; n + 1 < count; ++n) extent[n - {count}] = argument<unsigned>(args[n]);
-  emulator::launch({{extent[0], extent[1], extent[2]}}, argument<int>(args[count - 1]), {str(cooperative).lower()},
-                   [&] {{ {name}({values}); }});
+  emulator::submit({{extent[0], extent[1], extent[2]}}, argument<int>(args[count - 1]), {str(cooperative).lower()},
+                   [{values}] {{ {name}({names}); }});
   return 0;
 }}
 """
@@ -68,7 +76,8 @@ def kernels_library(source: str, folder: pathlib.Path) -> Any:
     text, library = folder / "kernels.cc", folder / "kernels.so"
     text.write_text(host_source(source))
     flags = ["-std=c++17", "-O1", "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC"]
-    done = subprocess.run(["g++", *flags, str(text), "-o", str(library)], capture_output=True, text=True, check=False)
+    command = ["g++", *flags, str(text), "-o", str(library), tvm_ffi.libinfo.find_libtvm_ffi()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise AssertionError(f"the emulator does not take what was generated:\n{done.stderr[:4000]}")
     return tvm_ffi.load_module(str(library))
@@ -100,13 +109,18 @@ class Emulated:
     def _loaded(self) -> Any:
         executable = self.generated.executable.mod
         if self.generated.source:
-            kernels = kernels_library(self.generated.source, pathlib.Path(self._folder.name))
+            kernels = kernels_library(self.generated.source, self.kernels.parent)
             (host,) = executable.imports
             host.clear_imports()
             host.import_module(kernels)
         machine = executable["vm_load_executable"]()
         machine["vm_initialization"](1, 0, 2)
         return machine
+
+    @property
+    def kernels(self) -> pathlib.Path:
+        """The library of emulated kernels."""
+        return pathlib.Path(self._folder.name, "kernels.so")
 
     def run(self, inputs: Mapping[str, np.ndarray], name: str = "main") -> dict[str, np.ndarray]:
         """All outputs of a model, by name."""
@@ -120,6 +134,47 @@ class Emulated:
             results = self._machine[part.name](*arguments, params)
             values.update(zip(part.outputs, [_array(r) for r in results], strict=True))
         return {str(v.name): values[str(v.name)] for v in self.modules[name].graph.outputs}
+
+
+class EmulatedEngine(DeviceEngine):
+    """The runtime's engine for GPUs, with the emulator for one: memory of the CPU, kernels and graphs emulated."""
+
+    def __init__(self, emulated: Emulated) -> None:
+        self._emulated = emulated
+        super().__init__(pathlib.Path("lib.so"), emulated.builder.weights, 1)
+
+    def _runtime(self, carried: Sequence[pathlib.Path]) -> tuple[ModuleType, Converter]:
+        converter = DeviceConverter(load_runtime(carried))
+        converter.device = tvm_ffi.device("cpu", 0)
+        return tvm_ffi, converter
+
+    def _load(self, library: pathlib.Path) -> Any:
+        return self._emulated.generated.executable.mod
+
+    def _machine(self) -> Machine:
+        return Machine(self._load_vm())
+
+    @functools.cached_property
+    def _graphs(self) -> GraphRuntime:
+        return GraphRuntime(ctypes.CDLL(str(self._emulated.kernels)))
+
+    def segment(self, name: str = "main") -> Segment:
+        """The one part that a model consists of, as an artifact would say it."""
+        (part,) = self._emulated.parts[name]
+        params = tuple(self._emulated.builder.weight_key(source) for source in part.params)
+        made, found = self._emulated.generated, self._emulated.generated.repeatable.get(part.name)
+        return Segment(
+            "native",
+            part.inputs,
+            part.outputs,
+            function=part.name,
+            params=params,
+            table=True,
+            fresh=True,
+            workspace=made.workspace,
+            repeats=found is not None,
+            order=found or (),
+        )
 
 
 def _array(tensor: Any) -> np.ndarray:

@@ -11,8 +11,9 @@ import onnx_ir as ir
 import pytest
 import tvm_ffi
 
-from mmopt.backends.cuda.compiler import Resources, compile_source, fat_binary, occupancy, parse_resources
+from mmopt.backends.cuda.compiler import compile_source, fat_binary
 from mmopt.backends.cuda.pipeline import with_image
+from mmopt.backends.cuda.resources import Resources, described, launcher, occupancy, parse_resources
 from mmopt.backends.profile import GPU_ASSUMED, cuda_profile, load_profile, read_profile
 from mmopt.building import build_artifact
 from mmopt.errors import BackendError, UnsupportedError, UserError
@@ -56,6 +57,8 @@ def test_artifact_holds_machine_code_of_its_architecture(tmp_path: pathlib.Path,
     assert architectures(library) == [load_profile(target).sm]
     assert b"__global__" not in library  # no source text
     assert made.manifest.target["kind"] == "cuda"
+    for kernel in made.manifest.kernels:
+        assert all(part["registers"] > 0 and part["spills"] == 0 and part["occupancy"] > 0 for part in kernel["device"])
     assert made.native
     if present_gpu() is None:
         assert "no NVIDIA GPU" in made.unverified
@@ -94,15 +97,20 @@ ptxas info    : Used 40 registers, used 1 barriers, 24 bytes cumulative stack si
     [(32, 0, 256, 1.0), (64, 0, 256, 0.5), (255, 0, 256, 0.125), (32, 80 << 10, 256, 0.25), (16, 0, 32, 0.5)],
 )
 def test_occupancy_follows_the_allocator(registers: int, shared: int, threads: int, expected: float) -> None:
-    profile = load_profile("cuda-sm80")
-    found = occupancy(
-        Resources(registers, shared, 0, 0),
-        threads,
-        registers=profile.multiprocessor_registers,
-        shared=profile.multiprocessor_shared_bytes,
-        most_threads=profile.multiprocessor_threads,
-    )
-    assert found == expected
+    assert occupancy(Resources(registers, shared, 0, 0), threads, load_profile("cuda-sm80")) == expected
+
+
+def test_resources_are_told_of_the_function_that_launches() -> None:
+    source = "void __launch_bounds__(128) Conv_1_bare_kernel(float* x) {}\nvoid Conv_1_bare_kernel_2() {}"
+    taken = {"Conv_1_bare_kernel": Resources(64, 0, 0, 0), "Conv_1_bare_kernel_2": Resources(16, 0, 8, 4)}
+    found = described(taken, source, load_profile("cuda-sm80"))
+    assert found == {
+        "Conv_1": [
+            {"registers": 64, "shared": 0, "stack": 0, "spills": 0, "threads": 128, "occupancy": 0.5},
+            {"registers": 16, "shared": 0, "stack": 8, "spills": 4},
+        ]
+    }
+    assert launcher("Softmax_kernel") == "Softmax"
 
 
 def test_image_takes_the_place_of_text() -> None:

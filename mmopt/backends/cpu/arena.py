@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 ALIGNMENT = 64
 """Bytes to whose multiples every block is aligned."""
@@ -33,22 +33,27 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNMENT) * ALIGNMENT
 
 
-def arrange(blocks: Sequence[Block]) -> tuple[list[int], int]:
-    """Offsets at which no two blocks overlap that :meth:`~Block.meets`.
+def arrange(blocks: Sequence[Block], meets: Callable[[int, int], bool] | None = None) -> tuple[list[int], int]:
+    """Offsets at which no two blocks overlap that are needed at the same time.
 
     The largest block is placed first, each at the lowest offset where it fits ("greedy by size" of Pisarchyk and Lee,
     Efficient Memory Management for Deep Neural Net Inference, 2020).
 
+    Args:
+        blocks: What needs a place.
+        meets: Whether two blocks, by number, are needed at the same time; :meth:`Block.meets` when None.
+
     Returns:
         An offset for each block, and the size of the workspace.
     """
+    together = meets or (lambda one, other: blocks[one].meets(blocks[other]))
     offsets = [0] * len(blocks)
     placed: list[int] = []
     total = 0
     for number in sorted(range(len(blocks)), key=lambda n: (-blocks[n].size, blocks[n].first)):
         block, offset = blocks[number], 0
         for other in placed:  # by offset
-            if blocks[other].meets(block):
+            if together(other, number):
                 if offset + aligned(block.size) <= offsets[other]:
                     break
                 offset = max(offset, offsets[other] + aligned(blocks[other].size))

@@ -15,7 +15,7 @@ there every kernel adds what it took to its own slot. Behind it is the address o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tvm
@@ -26,6 +26,7 @@ from tvm_ffi import structural_equal
 
 from mmopt.backends.cpu.arena import ALIGNMENT, Block, arrange, share
 from mmopt.backends.cpu.loops import i64, product, seq, static, when
+from mmopt.backends.cpu.ordering import Access, Span, behind, waits
 from mmopt.backends.expressions import itemsize, simplify, variables
 
 _RESHAPE, _GET_ITEM, _CALL_TIR = "vm.builtin.reshape", "vm.builtin.tuple_getitem", "relax.call_tir"
@@ -46,22 +47,43 @@ class Joined:
         module: The new module.
         bare: Names of the kernels in it that are called with bare pointers.
         workspace: Bytes that the caller has to provide for every call at a time.
+        repeatable: Functions that do the same whatever their inputs hold, so that what they do on a device can be
+            recorded and repeated. For those that are one run of kernels of known sizes, its steps in order.
     """
 
     module: tvm.IRModule
     bare: set[str]
     workspace: int
+    repeatable: dict[str, list[Ordered]]
 
 
-def join_kernels(module: tvm.IRModule, slots: Mapping[str, int], *, on_device: bool = False) -> Joined:
+@dataclasses.dataclass(frozen=True)
+class Ordered:
+    """A step of a run.
+
+    Attributes:
+        kernel: Name of the kernel with pointers.
+        after: Earlier steps, by number, that it has to wait for.
+    """
+
+    kernel: str
+    after: tuple[int, ...]
+
+
+TakesMemory = Callable[[tirx.PrimFunc], bool]
+"""Whether a kernel with pointers takes memory of a device for itself, which another may have had before."""
+
+
+def join_kernels(module: tvm.IRModule, slots: Mapping[str, int], *, on_device: TakesMemory | None = None) -> Joined:
     """Join the kernels of every Relax function.
 
     Args:
         module: Relax functions without dataflow blocks, and the kernels they call. A function that has weights takes
             them as its last parameter, an array whose first element is the table of addresses.
         slots: Position of each kernel's slot in the clock, by name.
-        on_device: Tensors lie in a device's memory, where the function that calls the kernels cannot keep anything:
-            nothing is timed, and kernels are functions that raise.
+        on_device: Given when tensors lie in a device's memory, where the function that calls the kernels cannot keep
+            anything: nothing is timed, kernels are functions that raise, and those that do not need each other's
+            results never share memory, so that they may run at the same time.
     """
     joiner = _Joiner(module, slots, on_device)
     for handle, function in module.functions.items():
@@ -112,7 +134,7 @@ class _Step:
 class _Joiner:
     """Rewrites functions one after another; kernels they share get one form with pointers."""
 
-    def __init__(self, module: tvm.IRModule, slots: Mapping[str, int], on_device: bool) -> None:
+    def __init__(self, module: tvm.IRModule, slots: Mapping[str, int], on_device: TakesMemory | None) -> None:
         self.module, self.slots, self.on_device = module, slots, on_device
         self.functions: dict[GlobalVar, Any] = {
             handle: function for handle, function in module.functions.items() if not isinstance(function, tirx.PrimFunc)
@@ -121,13 +143,17 @@ class _Joiner:
         self._bare: dict[GlobalVar, GlobalVar] = {}
         self._registry = relax.BlockBuilder()
         self.workspace = 0
+        self.repeatable: dict[str, list[Ordered]] = {}
 
     def rewrite(self, handle: GlobalVar, function: relax.Function) -> None:
         """Replace ``function`` by one that calls runs."""
         bindings = [binding for block in function.body.blocks for binding in block.bindings]
         weights = function.params[-1] if function.params and _is_weights(function.params[-1]) else None
         rewriting = _Rewriting(self, str(handle.name_hint), weights, bindings, function.body.body)
-        body = relax.SeqExpr([relax.BindingBlock(rewriting.run())], function.body.body)
+        made = rewriting.run()
+        if all(map(_repeats, made)):
+            self.repeatable[str(handle.name_hint)] = rewriting.orders[0] if len(rewriting.orders) == 1 else []
+        body = relax.SeqExpr([relax.BindingBlock(made)], function.body.body)
         self.functions[handle] = relax.Function(
             function.params, body, function.ret_ty, function.is_pure, function.attrs, function.span
         )
@@ -153,7 +179,7 @@ class _Joiner:
             if handle not in self.functions:
                 self.functions[handle] = self.module[handle]
         bare = {str(handle.name_hint) for handle in self._bare.values()}
-        return Joined(tvm.IRModule(self.functions), bare, self.workspace)
+        return Joined(tvm.IRModule(self.functions), bare, self.workspace, self.repeatable)
 
     def _unique(self, name: str) -> str:
         found, number = name, 0
@@ -175,6 +201,7 @@ class _Rewriting:
         self._result = set(relax.analysis.free_vars(result))
         self._table: relax.Var | None = None
         self._start: list[Any] = []
+        self.orders: list[list[Ordered]] = []
 
     def run(self) -> list[Any]:
         """The new bindings."""
@@ -349,7 +376,8 @@ class _RunFunction:
     def __init__(self, run: _Run, leaving: Sequence[_Made]) -> None:
         self.run, self.leaving = run, leaving
         self._joiner = run.owner.joiner
-        self._places = _Places([made for made in run.made if not made.leaves])
+        inside = [made for made in run.made if not made.leaves]
+        self._places = _Places(inside, self._together(inside) if self._joiner.on_device else None)
         self._inputs = [_buffer(var.ty.shape.values, var.ty.dtype, f"in{n}") for n, var in enumerate(run.inputs)]
         self._outputs = {id(made): _buffer(made.shape, made.dtype, f"out{n}") for n, made in enumerate(leaving)}
         self._failed = _buffer((i64(1),), "int32", "failed")
@@ -366,8 +394,53 @@ class _RunFunction:
         outputs = [self._outputs[id(made)] for made in self.leaving]
         body = seq(*self._declared(), *calls, None if self._joiner.on_device else self._checked())
         function = tirx.PrimFunc([*self._inputs, *table, *symbols, *outputs], body)
+        self.run.owner.orders.append(self._order())
         tables = [] if self._table is None else [self.run.owner.table()]
         return function.with_attr(_ATTRIBUTES), [*self.run.inputs, *tables, *symbols]
+
+    def _together(self, inside: Sequence[_Made]) -> Callable[[int, int], bool] | None:
+        """Whether two results are needed at the same time when steps wait for nothing but what they need."""
+        if any(static(made.bytes) is None for made in inside):
+            return None
+        numbers = {id(made): number for number, made in enumerate(self.run.made)}
+        before = behind(waits([self._access(step, lambda number: Span(number)) for step in self.run.steps]))
+        users = [{made.first} for made in self.run.made]
+        for number, step in enumerate(self.run.steps):
+            for memory in step.inputs:
+                if isinstance(memory, _Memory) and memory.kind == "made":
+                    users[memory.number].add(number)
+
+        def precedes(one: _Made, other: _Made) -> bool:
+            return all(before[other.first] >> user & 1 for user in users[numbers[id(one)]])
+
+        return lambda one, other: not (precedes(inside[one], inside[other]) or precedes(inside[other], inside[one]))
+
+    def _order(self) -> list[Ordered]:
+        """The steps and what they wait for; nothing where that is not known."""
+        takes_memory = self._joiner.on_device
+        if takes_memory is None or any(static(made.bytes) is None for made in self.run.made):
+            return []
+        steps = self.run.steps
+        order = waits([self._access(step, self._span) for step in steps])
+        names = [str(self._joiner.bare(step.handle).name_hint) for step in steps]
+        return [Ordered(name, after) for name, after in zip(names, order, strict=True)]
+
+    def _access(self, step: _Step, span: Callable[[int], Span]) -> Access:
+        """What a step reads and writes, given where the results of the run are. Inputs and weights never change."""
+        reads = [span(m.number) for m in step.inputs if isinstance(m, _Memory) and m.kind == "made"]
+        writes = [span(number) for number in step.outputs]
+        takes_memory = self._joiner.on_device
+        if takes_memory is not None and takes_memory(self._joiner.functions[self._joiner.bare(step.handle)]):
+            writes.append(Span("taken"))
+        return Access(tuple(reads), tuple(writes))
+
+    def _span(self, number: int) -> Span:
+        made = self.run.made[number]
+        if made.leaves:
+            return Span(number)
+        _, offset = self._places[made]
+        start = static(offset) or 0
+        return Span("workspace", start, start + (static(made.bytes) or 0))
 
     def _declared(self) -> list[Stmt]:
         """Memory: the caller's workspace where there is one, and what has a size known at run time."""
@@ -448,9 +521,9 @@ class _Places:
     Those of constant size share the first of :attr:`buffers`. Others share a buffer with those of the same size.
     """
 
-    def __init__(self, results: Sequence[_Made]) -> None:
+    def __init__(self, results: Sequence[_Made], together: Callable[[int, int], bool] | None) -> None:
         known = [made for made in results if static(made.bytes) is not None]
-        offsets, end = arrange([Block(static(made.bytes) or 0, made.first, made.last) for made in known])
+        offsets, end = arrange([Block(static(made.bytes) or 0, made.first, made.last) for made in known], together)
         self.buffers = [_buffer((i64(end),), "uint8", "workspace")]
         self._found = {id(made): (self.buffers[0], i64(at)) for made, at in zip(known, offsets, strict=True)}
         groups: list[list[_Made]] = []
@@ -519,6 +592,14 @@ def _cycles() -> Expr:
     target = tvm.target.Target.current()
     arm = target is not None and str(target.attrs.get("mtriple", "")).startswith(("aarch64", "arm64"))
     return tirx.call_llvm_intrin("int64", "llvm.readsteadycounter" if arm else "llvm.readcyclecounter")
+
+
+def _repeats(binding: Any) -> bool:
+    """Whether a binding only calls kernels, or names what is there."""
+    value = binding.value
+    if isinstance(value, relax.Call):
+        return _callee(value) in (_RESHAPE, _GET_ITEM, _CALL_TIR)
+    return isinstance(value, relax.Var | relax.Tuple | relax.TupleGetItem | relax.ShapeExpr)
 
 
 def _callee(value: Any) -> str:

@@ -13,7 +13,7 @@ from tvm.tirx import compilation_pipeline
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.joining import Joined, join_kernels, settle
 from mmopt.backends.features import llvm_switches
-from mmopt.backends.linking import linker_for
+from mmopt.backends.linking import Library, linker_for
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
 
@@ -96,7 +96,7 @@ def _private(module: tvm.IRModule, names: set[str]) -> tvm.IRModule:
     return tvm.IRModule(functions, attrs=module.attrs)
 
 
-def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> tuple[bytes, int]:
+def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> Library:
     """Compile ``module`` and link it.
 
     Args:
@@ -122,6 +122,6 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
         with tempfile.TemporaryDirectory(prefix="mmopt-") as folder:
             path = pathlib.Path(folder, "lib.so")
             executable.export_library(str(path), fcompile=linker)
-            return path.read_bytes(), joined.workspace
+            return Library(path.read_bytes(), joined.workspace)
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error

@@ -17,26 +17,10 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from mmopt.backends.cuda.resources import Resources, parse_resources
 from mmopt.errors import BackendError, UserError
 
 _INSTALL = "run: pip install 'mmopt[cuda]'  (NVIDIA's compiler and headers; no GPU is needed)"
-
-
-@dataclasses.dataclass(frozen=True)
-class Resources:
-    """What one kernel takes of a multiprocessor.
-
-    Attributes:
-        registers: 32-bit registers of a thread.
-        shared: Bytes of shared memory of a block, known at compile time.
-        stack: Bytes of local memory of a thread, for arrays that are not in registers.
-        spills: Bytes that did not find a register, stored and loaded.
-    """
-
-    registers: int
-    shared: int
-    stack: int
-    spills: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,27 +104,6 @@ def _fetched(size: Any, get: Any, program: Any) -> bytes:
     return buffer
 
 
-_ENTRY = re.compile(r"Compiling entry function '(\w+)'")
-_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-_USED = re.compile(r"Used (\d+) registers")
-_SHARED = re.compile(r"(\d+) bytes smem")
-
-
-def parse_resources(log: str) -> dict[str, Resources]:
-    """What the assembler says about each kernel when it is asked to (``-v``)."""
-    found: dict[str, Resources] = {}
-    name, stack, spills = "", 0, 0
-    for line in log.splitlines():
-        if match := _ENTRY.search(line):
-            name, stack, spills = match.group(1), 0, 0
-        elif match := _STACK.search(line):
-            stack, spills = int(match.group(1)), int(match.group(2)) + int(match.group(3))
-        elif (match := _USED.search(line)) and name:
-            shared = _SHARED.search(line)
-            found[name] = Resources(int(match.group(1)), int(shared.group(1)) if shared else 0, stack, spills)
-    return found
-
-
 def fat_binary(compiled: Sequence[Compiled]) -> bytes:
     """One image with the machine code of every architecture, and PTX of the highest.
 
@@ -166,22 +129,34 @@ def fat_binary(compiled: Sequence[Compiled]) -> bytes:
         return out.read_bytes()
 
 
-def occupancy(resources: Resources, threads: int, *, registers: int, shared: int, most_threads: int) -> float:
-    """Part of a multiprocessor's threads that blocks of a kernel can fill, by the rules of its allocator.
+def disassembled(compiled: Compiled) -> dict[str, str] | None:
+    """Instructions of each kernel of a cubin, as text; None where NVIDIA's disassembler is not installed.
 
-    Registers are given out to warps in units of 256, shared memory to blocks in units of 128 bytes with 1 KiB for the
-    system (CUDA C++ Programming Guide, compute capabilities).
-
-    Args:
-        resources: What the kernel takes.
-        threads: Threads of a block.
-        registers: Registers of a multiprocessor.
-        shared: Bytes of shared memory of a multiprocessor.
-        most_threads: Threads that fit on a multiprocessor.
+    Raises:
+        BackendError: It cannot read the cubin.
     """
-    warps = -(-threads // 32)
-    by_threads = most_threads // (warps * 32)
-    by_registers = registers // (-(-resources.registers * 32 // 256) * 256 * warps)
-    by_shared = shared // (-(-resources.shared // 128) * 128 + 1024)
-    blocks = min(by_threads, by_registers, by_shared, 32)
-    return blocks * warps * 32 / most_threads
+    program = toolkit() / "bin" / "nvdisasm"
+    if not program.is_file():
+        return None
+    with tempfile.NamedTemporaryFile(prefix="mmopt-", suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        done = subprocess.run([str(program), file.name], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"nvdisasm failed: {done.stderr.strip()[:2000]}")
+    _, *sections = re.split(r"^\s*\.section\s+\.text\.(\w+),.*$", done.stdout, flags=re.MULTILINE)
+    return dict(zip(sections[::2], sections[1::2], strict=True))
+
+
+def texts(compiled: Compiled) -> dict[str, str]:
+    """PTX of each kernel."""
+    _, *parts = re.split(r"^\.visible \.entry (\w+)\($", compiled.ptx.decode(), flags=re.MULTILINE)
+    return dict(zip(parts[::2], parts[1::2], strict=True))
+
+
+def tensor_instructions(compiled: Compiled) -> dict[str, int]:
+    """Tensor-core instructions of each kernel: in the machine code or, where nothing here reads that, in PTX."""
+    code = disassembled(compiled)
+    if code is None:
+        return {name: text.count("mma.sync.") for name, text in texts(compiled).items()}
+    return {name: len(re.findall(r"\s[HIQ]G?MMA\b", text)) for name, text in code.items()}

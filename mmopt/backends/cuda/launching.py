@@ -29,6 +29,33 @@ def launched(statement: Stmt) -> Stmt:
     return _Launching().host(statement)
 
 
+def launches(statement: Stmt) -> int | None:
+    """How many kernels host code launches; None where that depends on sizes known at run time."""
+    if is_launch(statement):
+        return 1
+    if isinstance(statement, tirx.IfThenElse):
+        return None if _spreads(statement) else 0
+    each = [launches(inner) for inner in _inside(statement)]
+    if any(count is None for count in each):
+        return None
+    total = sum(count or 0 for count in each)
+    if not isinstance(statement, tirx.For) or not total:
+        return total
+    rounds = static(simplify(statement.extent))
+    return None if rounds is None else rounds * total
+
+
+def takes_memory(function: tirx.PrimFunc) -> bool:
+    """Whether host code takes memory of the device for as long as it runs."""
+
+    def takes(statement: Stmt) -> bool:
+        if is_launch(statement):
+            return False
+        return isinstance(statement, tirx.AllocBuffer) or any(map(takes, _inside(statement)))
+
+    return takes(function.body)
+
+
 class _Launching:
     def host(self, statement: Stmt) -> Stmt:
         if is_launch(statement):

@@ -21,12 +21,15 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
 
-from mmopt.backends.cpu.joining import in_memory_of, join_kernels
+from mmopt.backends.cpu.joining import Ordered, in_memory_of, join_kernels
 from mmopt.backends.cpu.pipeline import legalize, plain
 from mmopt.backends.cuda.compiler import Compiled, compile_source, fat_binary
-from mmopt.backends.linking import linker_for
+from mmopt.backends.cuda.launching import launches, takes_memory
+from mmopt.backends.cuda.resources import described
+from mmopt.backends.linking import Library, linker_for
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
+from mmopt.runtime.artifact import Order
 
 _CPU, _CUDA = 1, 2  # DLPack's kinds of devices
 _FIRST_KERNEL = 'extern "C" __global__'
@@ -43,11 +46,13 @@ class Generated:
         executable: The virtual machine's code and the host's, with the device's kernels imported as source text.
         source: CUDA C++ of all kernels.
         workspace: Bytes of device memory that a call needs.
+        repeatable: As in :class:`mmopt.backends.linking.Library`.
     """
 
     executable: relax.VMExecutable
     source: str
     workspace: int
+    repeatable: dict[str, Order]
 
 
 def target_of(profile: Profile) -> tvm.target.Target:
@@ -117,7 +122,7 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
     target = target_of(profile)
     try:
         with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True}), _source_only():
-            joined = join_kernels(plain(module), {name: n for n, name in enumerate(kernels)}, on_device=True)
+            joined = join_kernels(plain(module), {name: n for n, name in enumerate(kernels)}, on_device=takes_memory)
             lowered = legalize()(joined.module)
             name = "mmopt-cuda-emulated" if emulated else "mmopt-cuda"
             nothing = tvm.transform.Sequential([])
@@ -125,7 +130,16 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
     except (RuntimeError, ValueError, TypeError) as error:
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error
     sources = [m.inspect_source("cuda") for m in _device_modules(executable.mod)]
-    return Generated(executable, sources[0] if sources else "", joined.workspace)
+    repeatable = {name: _order(joined.module, steps) for name, steps in joined.repeatable.items()}
+    return Generated(executable, sources[0] if sources else "", joined.workspace, repeatable)
+
+
+def _order(module: tvm.IRModule, steps: Sequence[Ordered]) -> Order:
+    """How many kernels each step launches, and what it waits for; nothing where that depends on sizes."""
+    counts = [launches(module[step.kernel].body) for step in steps]
+    if any(count is None for count in counts):
+        return ()
+    return tuple((count or 0, step.after) for count, step in zip(counts, steps, strict=True))
 
 
 def with_device_code(source: str) -> str:
@@ -155,7 +169,7 @@ def _device_modules(module: Any) -> list[Any]:
     return found + [inner for m in module.imports for inner in _device_modules(m)]
 
 
-def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> tuple[bytes, int]:
+def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> Library:
     """Compile ``module`` and link it, with a fat binary for ``profile`` inside.
 
     Args:
@@ -164,15 +178,19 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
         kernels: Names of the kernels.
 
     Returns:
-        The shared library, and the bytes of device memory that a call needs.
+        The shared library, the bytes of device memory that a call needs, and what kernels take of a multiprocessor.
 
     Raises:
         UserError: NVIDIA's compiler is not installed.
         BackendError: Code generation, compiling or linking failed.
     """
     made = generate(module, profile, kernels)
-    image = fat_binary([compiled_kernels(made, profile.sm)]) if made.source else b""
-    return link(made, image, profile), made.workspace
+    if not made.source:
+        return Library(link(made, b"", profile), made.workspace, repeatable=made.repeatable)
+    compiled = compiled_kernels(made, profile.sm)
+    taken = described(compiled.resources, made.source, profile)
+    facts = {name: {"device": taken[name]} for name in kernels if name in taken}
+    return Library(link(made, fat_binary([compiled]), profile), made.workspace, facts, made.repeatable)
 
 
 def compiled_kernels(generated: Generated, sm: int) -> Compiled:

@@ -72,7 +72,7 @@ def _total(node: OpNode, x: Value, w: Value, shape: Geometry, fill: Expr | None)
         window=shape.window,
         before=shape.begin,
         space=space,
-        tile=choose_tile(channels, dim(pixels), 1, context.program.profile.cores, x.dtype, gathered=True),
+        tile=choose_tile(channels, dim(pixels), 1, context.program.profile.cores, x.dtype),
         fill=fill,
     ).output
 

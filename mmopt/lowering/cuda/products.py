@@ -73,8 +73,7 @@ def _total(node: OpNode, a: Value, b: Value) -> Tensor:
     sizes = rows, b.shape[-1], a.shape[-1]
     multiprocessors = context.program.profile.cores
     extents = dim(rows), dim(b.shape[-1]), dim(simplify(product(batch)))
-    direct = all(operand.aligned(len(operand.strides) - 1, a.shape[-1]) for operand in (left, right))
-    tile = choose_tile(*extents, multiprocessors, a.dtype, gathered=not direct)
+    tile = choose_tile(*extents, multiprocessors, a.dtype)
     shape = a.shape[:-1] if flat else None
     return TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=shape).output
 

@@ -99,9 +99,7 @@ TILES = (
 """128 × 128, 128 × 64, 64 × 64, 32 × 64 and 16 × 64 results."""
 
 
-def choose_tile(
-    rows: int | str, columns: int | str, batch: int | str, multiprocessors: int, kind: str, *, gathered: bool = False
-) -> Tile:
+def choose_tile(rows: int | str, columns: int | str, batch: int | str, multiprocessors: int, kind: str) -> Tile:
     """The tile with the least predicted time: rounds of blocks over all multiprocessors, by what a block takes.
 
     Args:
@@ -109,8 +107,7 @@ def choose_tile(
         columns: N, or its name.
         batch: Number of products, or its name.
         multiprocessors: Of the GPU.
-        kind: Type of the operands.
-        gathered: An operand is gathered element by element, whose addresses take registers.
+        kind: Type of the operands. The parts of floats take registers, which larger tiles would not leave.
     """
 
     def time(tile: Tile) -> float:
@@ -119,7 +116,7 @@ def choose_tile(
         )
         return -(-blocks // multiprocessors) * tile.rows * tile.columns / tile.efficiency
 
-    most = 16 if kind != "float32" else 4 if gathered else 8
+    most = 16 if kind != "float32" else 8
     fitting = [tile for tile in TILES if tile.mt * tile.nt <= most] or list(TILES)
     return min(fitting, key=time)
 

@@ -133,7 +133,8 @@ template <> struct mmopt_kind<MMOPT_S8> { using Sum = int; static constexpr int 
 template <> struct mmopt_kind<MMOPT_U8> { using Sum = int; static constexpr int bytes = 1; };
 template <> struct mmopt_kind<MMOPT_S8U8> { using Sum = int; static constexpr int bytes = 1; };
 
-struct alignas(16) mmopt_chunk { unsigned char byte[MMOPT_CHUNK]; };
+// In words: of an array of bytes every byte would get a register of its own.
+struct alignas(16) mmopt_chunk { unsigned word[MMOPT_CHUNK / 4]; };
 
 // Where chunk `c` of row `r` lies in a tile.
 __device__ __forceinline__ int mmopt_place(int r, int c) { return r * MMOPT_ROW + ((c ^ (r >> 1 & 3)) * MMOPT_CHUNK); }
@@ -163,15 +164,20 @@ struct mmopt_gathered {
     mmopt_chunk chunk;
     const auto row = gather.row(r);
 #pragma unroll
-    for (int n = 0; n < MMOPT_CHUNK / Bytes; ++n) {
-      const unsigned char* from = gather.at(row, k / Bytes + n);
+    for (int n = 0; n < MMOPT_CHUNK / 4; ++n) {
+      unsigned word = 0;
 #pragma unroll
-      for (int b = 0; b < Bytes; ++b) chunk.byte[b + n * Bytes] = Bytes == 1 ? fill : 0;
-      if (from) {
-        if constexpr (Bytes == 4) *reinterpret_cast<unsigned*>(chunk.byte + n * 4) = *reinterpret_cast<const unsigned*>(from);
-        else if constexpr (Bytes == 2) *reinterpret_cast<unsigned short*>(chunk.byte + n * 2) = *reinterpret_cast<const unsigned short*>(from);
-        else chunk.byte[n] = *from;
+      for (int e = 0; e < 4 / Bytes; ++e) {
+        const unsigned char* from = gather.at(row, k / Bytes + n * (4 / Bytes) + e);
+        unsigned element = Bytes == 1 ? fill : 0;
+        if (from) {
+          if constexpr (Bytes == 4) element = *reinterpret_cast<const unsigned*>(from);
+          else if constexpr (Bytes == 2) element = *reinterpret_cast<const unsigned short*>(from);
+          else element = *from;
+        }
+        word |= element << (e * Bytes * 8);
       }
+      chunk.word[n] = word;
     }
     return chunk;
   }
