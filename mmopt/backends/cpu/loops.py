@@ -92,6 +92,11 @@ def keep(value: Expr, name: str) -> tuple[Stmt, Expr]:
     return tirx.BufferStore(buffer, value, [inside.lane]), buffer[inside.lane]
 
 
+def kept(value: Expr, name: str) -> tuple[Stmt | None, Expr]:
+    """:func:`keep`, except for what costs nothing to compute again."""
+    return (None, value) if isinstance(value, tirx.IntImm | tirx.Var) else keep(value, name)
+
+
 def loops(extents: Sequence[Expr], body: Callable[..., Stmt], names: str = "i") -> Stmt:
     """Nested serial loops, outermost first."""
 
@@ -148,6 +153,19 @@ def split_index(flat: Expr, extents: Sequence[Expr]) -> tuple[Expr, ...]:
         coordinates.append(tirx.floormod(flat, extents[position]))
         flat = tirx.floordiv(flat, extents[position])
     return (flat, *reversed(coordinates)) if extents else ()
+
+
+def at_index(flat: Expr, extents: Sequence[Expr], body: Callable[..., Stmt]) -> Stmt:
+    """``body`` at the row-major coordinates of ``flat`` in a space of ``extents``.
+
+    Where extents are symbolic, coordinates are computed once: in every index that uses them, divisions by sums and
+    quotients keep TVM's simplifier busy for seconds.
+    """
+    coordinates = split_index(flat, extents)
+    if all(static(e) is not None for e in extents):
+        return body(*coordinates)
+    found = [kept(c, "at") for c in coordinates]
+    return seq(*(statement for statement, _ in found), body(*(value for _, value in found)))
 
 
 def flat_index(indices: Sequence[Expr], shape: Sequence[Expr]) -> Expr:

@@ -26,7 +26,7 @@ from mmopt.backends.compute import LoopNest, Sink, Tensor, index
 from mmopt.backends.cpu.kernels.conv import Window, kind_for, long_epilogue, spread, written_with
 from mmopt.backends.cpu.kernels.conv_patches import Patch
 from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
-from mmopt.backends.cpu.loops import flat_index, i64, loop, product, seq, split_index, static, when
+from mmopt.backends.cpu.loops import at_index, flat_index, i64, loop, product, seq, split_index, static, when
 from mmopt.backends.expressions import simplify
 
 STEPS = 4
@@ -95,16 +95,19 @@ class DirectConvolution(LoopNest):
         parts = parts if known is None else min(parts, known)
         each = simplify(tirx.floordiv(count + (parts - 1), i64(parts)))
 
-        def task(flat: Expr) -> Stmt:
-            part, panel, number = split_index(flat, (i64(parts), panels, each))
+        def task(part: Expr, panel: Expr, number: Expr) -> Stmt:
             place = simplify(part * each + number)
-            image, *outer, strip, tile = split_index(place, places)
-            run = _Tile(self, sinks[0], panel, image, tuple(outer), number, each, buffered, written)
-            emitted = run.emit(strip, tile)
+
+            def tile(image: Expr, *at: Expr) -> Stmt:
+                run = _Tile(self, sinks[0], panel, image, at[:-2], number, each, buffered, written)
+                return run.emit(*at[-2:])
+
+            emitted = at_index(place, places, tile)
             return emitted if known is not None and known % parts == 0 else when(place < count, emitted)
 
         total = simplify(panels * each * parts)
-        return loop(total, task, kind_for(self.output.shape, self.filters.shape[1:-1]), "task")
+        kind = kind_for(self.output.shape, self.filters.shape[1:-1])
+        return loop(total, lambda flat: at_index(flat, (i64(parts), panels, each), task), kind, "task")
 
 
 @dataclasses.dataclass

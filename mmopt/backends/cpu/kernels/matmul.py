@@ -23,7 +23,7 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.kernels.matmul_blocking import Blocking
 from mmopt.backends.cpu.kernels.tile import LINE, PartialSums, RegisterTile, fetch, spans
-from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
+from mmopt.backends.cpu.loops import at_index, i64, kept, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import Plan, trace
 from mmopt.backends.expressions import itemsize, simplify
 
@@ -103,12 +103,18 @@ class Matmul(LoopNest):
         batches = simplify(product(self.batch))
         grid = _Grid(self)
 
-        def task(number: Expr) -> Stmt:
-            at, chunk, group = split_index(number, (batches, grid.chunks, grid.groups))
-            return _Task(self, grid, sinks[0], split_index(at, self.batch), chunk, group, buffered).emit()
+        def task(at: Expr, chunk: Expr, group: Expr) -> Stmt:
+            first = simplify(chunk * grid.each)
+            before, first = (None, first) if static(grid.each) is not None else kept(first, "first")
 
-        count = simplify(batches * grid.chunks * grid.groups)
-        return self._spread(lambda kind: loop(count, task, kind, "task"), batches)
+            def matrix(*at: Expr) -> Stmt:
+                return _Task(self, grid, sinks[0], at, first, group, buffered).emit()
+
+            return seq(before, at_index(at, self.batch, matrix))
+
+        extents = (batches, grid.chunks, grid.groups)
+        count = simplify(product(extents))
+        return self._spread(lambda kind: loop(count, lambda n: at_index(n, extents, task), kind, "task"), batches)
 
     def _spread(self, tasks: Callable[[str], Stmt], batches: Expr) -> Stmt:
         """``tasks`` on one thread or on all, decided at run time where the size is not known before."""
@@ -149,12 +155,12 @@ class _Task:
     """Code for one chunk of rows and one group of panels of one matrix of the batch."""
 
     def __init__(
-        self, nest: Matmul, grid: _Grid, sink: Sink, at: tuple[Expr, ...], chunk: Expr, group: Expr, buffered: bool
+        self, nest: Matmul, grid: _Grid, sink: Sink, at: tuple[Expr, ...], first: Expr, group: Expr, buffered: bool
     ) -> None:
         self.nest, self.grid, self.sink, self.at = nest, grid, sink, at
         self.group, self.buffered = group, buffered
         self.tile = nest.blocking.tile
-        self.first_tile = simplify(chunk * grid.each)
+        self.first_tile = first
         self.dtype = nest.output.dtype
         self.vectors = self.tile.vectors
         blocks = _pieces(nest.depth, nest.blocking.depth) if nest.blocking.depth else i64(1)
@@ -252,7 +258,8 @@ class _Panel:
 
         alone = static(grid.chunks) == 1
         count = grid.full if alone else tirx.max(tirx.min(grid.each, grid.full - start), i64(0))
-        main = loop(count, tile, name="tile")
+        before, count = (None, count) if rows is not None else kept(count, "count")
+        main = seq(before, loop(count, tile, name="tile"))
         rest = None if rows is None or full is None else rows - full * height
         if rest == 0:
             return main
