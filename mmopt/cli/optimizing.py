@@ -24,7 +24,7 @@ from mmopt.ir.module import Module, initializer_bytes
 from mmopt.loading import load_samples, parse_modalities, parse_shapes
 from mmopt.pipeline.base import FxPass
 from mmopt.pipeline.manager import Progress
-from mmopt.pipeline.recipe import Recipe
+from mmopt.pipeline.recipe import PORTABLE, Recipe
 from mmopt.runnable import Inputs, ModelRunnable
 from mmopt.runtime import atomic
 from mmopt.runtime.artifact import LIBRARY, WEIGHTS
@@ -115,7 +115,9 @@ class Job:
     def __init__(self, request: Request, show: Output) -> None:
         self._request, self._show = request, show
         target = "" if _emit(request) == "onnx" else request.target or "cpu"
-        self._recipe: Recipe = choose_recipe(request.level, request.precision, request.recipe, request.passes, target)
+        self._recipe: Recipe = choose_recipe(
+            request.level, request.precision, request.recipe or _portable(request), request.passes, target
+        )
         self._settings = self._recipe.merged(
             validate=request.validate,
             strict=request.strict,
@@ -487,6 +489,12 @@ def _emit(request: Request) -> str:
             "an artifact is a folder or a .zip", where="--output", hint="leave out --emit, or name it .mmopt"
         )
     return request.emit or named
+
+
+def _portable(request: Request) -> str | None:
+    """The recipe for other runtimes, where nothing else is asked for and no integers or narrow floats are measured."""
+    quantized = request.precision not in (None, "fp32") or any(name.startswith("quantize") for name in request.passes)
+    return PORTABLE if _emit(request) == "onnx" and request.level >= 2 and not quantized else None
 
 
 def _output(request: Request, emit: str) -> pathlib.Path:

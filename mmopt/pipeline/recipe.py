@@ -49,6 +49,9 @@ DEFAULTS: dict[str, Any] = {"validate": "each", "strict": False, "seed": 0}
 FUSION = "fuse"
 """Name of the phase that forms fusion groups; passes of one's own run before it."""
 
+PORTABLE = "portable"
+"""Name of the recipe for other runtimes, and of its last phase, which spells the model as they run it fastest."""
+
 _PHASE_KEYS = ("name", "passes", "max_rounds")
 _KEYS = ("schema_version", "description", "extends", "phase", "options", *SETTINGS)
 
@@ -98,7 +101,7 @@ def load_recipe(name: str, *, extra: Sequence[str] = ()) -> Recipe:
         name: ``o2``, or ``path/to/mine.toml``.
         extra: Passes from the command line (``--pass``). One that the recipe has takes the place of its first
             occurrence and with these options; others run in a phase of their own, before fusion hides single
-            operators in groups (a phase called ``fuse``), or at the end when there is none.
+            operators in groups (a phase called ``fuse``, or ``portable``), or at the end when there is none.
 
     Raises:
         UserError: There is no such recipe, or it has unknown keys, passes, options or values.
@@ -211,8 +214,8 @@ def _with_extra(phases: Sequence[Phase], extra: Sequence[str]) -> tuple[Phase, .
 
 
 def before_fusion(phases: Sequence[Phase], added: Phase) -> tuple[Phase, ...]:
-    """``phases`` with ``added`` before the one that forms fusion groups, at the end when there is none."""
-    place = next((n for n, phase in enumerate(phases) if phase.name == FUSION), len(phases))
+    """``phases`` with ``added`` before the one that respells or groups what it finds, at the end when there is none."""
+    place = next((n for n, phase in enumerate(phases) if phase.name in (FUSION, PORTABLE)), len(phases))
     return (*phases[:place], added, *phases[place:])
 
 

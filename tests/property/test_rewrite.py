@@ -7,6 +7,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import mmopt.transforms.portable as portable
 import mmopt.transforms.rewrite as family
 from mmopt.ir.verify import verify
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
@@ -14,7 +15,10 @@ from mmopt.transforms.canonicalize import Canonicalize
 from tests.canonical import evaluate, inputs_for
 from tests.property.test_canonicalize import draw_module
 
-PASSES: list[Pass] = [getattr(family, name)() for name in family.__all__]
+PASSES: list[Pass] = [
+    *(getattr(family, name)() for name in family.__all__),
+    *(getattr(portable, name)() for name in portable.__all__),
+]
 
 
 @pytest.mark.parametrize("canonical", [False, True])

@@ -10,7 +10,7 @@ import pathlib
 from mmopt.pipeline.registry import all_passes
 from mmopt.transforms.raising.rules import RaisingPass
 
-FAMILIES = ("canonicalize", "raising", "rewrite")
+FAMILIES = ("canonicalize", "raising", "rewrite", "portable")
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "rewrites.md"
 BEGIN, END = "<!-- generated: {} -->\n", "<!-- end: {} -->\n"
 

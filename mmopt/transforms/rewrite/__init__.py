@@ -9,6 +9,7 @@ from mmopt.transforms.rewrite.hoist_invariants import HoistInvariants
 from mmopt.transforms.rewrite.last_states import LastStates
 from mmopt.transforms.rewrite.merge_projections import MergeProjections
 from mmopt.transforms.rewrite.merge_slices import MergeSlices
+from mmopt.transforms.rewrite.reassociate_constants import ReassociateConstants
 from mmopt.transforms.rewrite.sink_transposes import SinkTransposes
 from mmopt.transforms.rewrite.stack_sequences import StackSequences
 from mmopt.transforms.rewrite.unit_transposes import UnitTransposes
@@ -22,6 +23,7 @@ __all__ = [
     "LastStates",
     "MergeProjections",
     "MergeSlices",
+    "ReassociateConstants",
     "SinkTransposes",
     "StackSequences",
     "UnitTransposes",
