@@ -179,7 +179,7 @@ def optimize(
         samples=samples,
         samples_from=samples_from,
         evaluation=evaluation,
-        predict=_predictor(target),
+        predict=predictor(target),
         dump_dir=None if dump_dir is None else pathlib.Path(dump_dir),
         target=target,
         progress=progress,
@@ -188,7 +188,7 @@ def optimize(
     return OptimizeResult(result, manager.run(result))
 
 
-def _predictor(target: str) -> Callable[[Module], float]:
+def predictor(target: str) -> Callable[[Module], float]:
     """The cost model of a target's kernels; the profile is read when it is first asked."""
 
     def predict(module: Module) -> float:
@@ -260,7 +260,7 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
         # Layers whose result leaves the model read floats, but their weights are as large as others'.
         stored = (QuantizeWeights(logits=True),) if target else ()
         # First bfloat16: behind a quantization, its error is judged by steps that happen to be taken otherwise.
-        return (*narrow, QuantizeStatic(portable=not target), *stored)
+        return (*narrow, QuantizeStatic(portable=not target, balance=True, rounding="auto"), *stored)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)

@@ -12,15 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from mmopt.api import OptimizeResult, optimize
+from mmopt.analysis.calibration import made_up
+from mmopt.api import choose_recipe, optimize, predictor
 from mmopt.errors import ContractError, UserError
 from mmopt.evaluation import Evaluation
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module
+from mmopt.pipeline.base import PassContext, Phase
 from mmopt.runnable import Inputs
+from mmopt.transforms.prune import PruneStructured
 from mmopt.transforms.prune.modalities import Blanks
 from mmopt.transforms.prune.observing import batches_of
+from mmopt.transforms.prune.prune_structured import cut_units
 from mmopt.transforms.prune.sensitivity import outputs_moved
+from mmopt.transforms.prune.separate_fills import separate_fills
 
 Array = np.ndarray[Any, Any]
 
@@ -31,6 +36,12 @@ _SAMPLES = 128
 _ROUNDS = 5
 _CLOSE = 0.06
 """How far a measured speed-up may lie above the one asked for, of it, before less is cut."""
+
+_GUESSES = 5
+"""Shares that are predicted before one is compiled and measured."""
+
+_SAME = 0.004
+"""Shares nearer than this are the same."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,32 +180,95 @@ def share_for_speedup(
     """
     if not 1 < speedup < 100:
         raise UserError(f"a speed-up of {speedup:g} makes no sense", where="--prune-to", hint="for example 1.6x")
-    given = tuple(options.pop("passes", ()))
-    whole = optimize(module, target=target, passes=given, **options)
+    progress(0, _ROUNDS, "what can be cut")
+    cuts = _Cuts(module, target, measure, options)
     tried: list[tuple[float, float]] = []
-    times = (0.0, 0.0)
-    share = 1 - 1 / speedup
-    best: tuple[float, float, tuple[float, float]] | None = None
-    for round_ in range(_ROUNDS):
-        progress(round_, _ROUNDS, f"cut {share:.0%} and measure")
-        spec = f'prune-structured{{share="{share:.4f}",measure={measure}}}'
-        pruned = optimize(module, target=target, passes=(spec, *given), **options)
-        times = _measure(whole, pruned, target, inputs, threads)
-        ratio = times[0] / times[1]
-        tried.append((share, ratio))
-        if ratio >= speedup and (best is None or share < best[0]):
-            best = share, ratio, times
-        if speedup <= ratio <= speedup * (1 + _CLOSE):
-            break
-        share = _next_share(tried, speedup)
-    if best is None:
-        fastest = max(ratio for _, ratio in tried)
-        raise UserError(
-            f"the model cannot be made {speedup:g} times faster by cutting units: {fastest:.2f} times was reached",
-            where="--prune-to",
-            hint="ask for less, lower the floors with --pass 'prune-structured{floor=…}', or quantize as well",
-        )
-    return Found(best[0], best[1], *best[2], tuple(tried))
+    with _Bench(target, inputs, threads) as bench:
+        bench.add(cuts.module(0.0))
+        for round_ in range(_ROUNDS):
+            share = cuts.share_predicted(bench, speedup, tried)
+            progress(round_, _ROUNDS, f"cut {share:.0%} and measure")
+            ratio = bench.add(cuts.module(share))
+            tried.append((share, ratio))
+            if speedup <= ratio <= speedup * (1 + _CLOSE):
+                break
+        good = [(share, ratio, number) for number, (share, ratio) in enumerate(tried, 1) if ratio >= speedup]
+        if not good:
+            fastest = max(ratio for _, ratio in tried)
+            raise UserError(
+                f"the model cannot be made {speedup:g} times faster by cutting units: {fastest:.2f} times was reached",
+                where="--prune-to",
+                hint="ask for less, lower the floors with --pass 'prune-structured{floor=…}', or quantize as well",
+            )
+        share, ratio, number = min(good)
+        return Found(share, ratio, *bench.times[number], tuple(tried))
+
+
+class _Cuts:
+    """A model cut by any share, with everything that its recipe does before and after; what can be cut is seen once.
+
+    Args:
+        module: The model.
+        target: Name or file of the target profile.
+        measure: What shares are of.
+        options: Further arguments of :func:`mmopt.optimize`.
+    """
+
+    def __init__(self, module: Module, target: str, measure: str, options: Mapping[str, Any]) -> None:
+        rest = dict(options)
+        given = {name: rest.pop(name) for name in ("level", "precision", "recipe") if name in rest}
+        passes = (f"{PruneStructured.name}{{measure={measure}}}", *rest.pop("passes", ()))
+        recipe = choose_recipe(**given, passes=passes, target=target)
+        settings = {name: value for name, value in recipe.settings.items() if name != "precision"}
+        recipe = dataclasses.replace(recipe, settings=settings)
+        before, prune, after = _split(recipe.phases)
+        self._target, self._options = target, rest
+        self._after = dataclasses.replace(recipe, phases=after)
+        start = optimize(module, target=target, recipe=dataclasses.replace(recipe, phases=before), **rest).module
+        separate_fills(start)
+        samples, seed = rest.get("samples"), recipe.merged(seed=rest.get("seed"))["seed"]
+        if isinstance(samples, str):
+            samples = made_up(start, seed)
+        self._start = start
+        self._plan = prune.plan(start, PassContext(target, seed, samples, predict=predictor(target)))
+
+    def module(self, share: float) -> Module:
+        """The module as it would be compiled, without ``share`` of its cost.
+
+        Raises:
+            UserError: That is more than can be cut.
+        """
+        cut = self._start.clone()
+        keep = self._plan.keep(self._plan.sizes({None: share})) if share else {}
+        if keep:
+            cut_units(cut, self._plan.groups, keep)
+        return optimize(cut, target=self._target, recipe=self._after, **self._options).module
+
+    def share_predicted(self, bench: _Bench, speedup: float, tried: Sequence[tuple[float, float]]) -> float:
+        """The share at which the model is predicted to be ``speedup`` times faster, by what was measured so far."""
+        points = [(0.0, 1.0), *tried]
+        for _ in range(_GUESSES):
+            share = _next_share(points[1:], speedup) if len(points) > 1 else 1 - 1 / speedup
+            if any(abs(share - known) < _SAME for known, _ in points):
+                break
+            try:
+                points.append((share, bench.speedup_predicted(self.module(share))))
+            except UserError:
+                if tried:
+                    break
+                raise
+        return share
+
+
+def _split(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], PruneStructured, tuple[Phase, ...]]:
+    """Phases before the first pass that cuts units, that pass, and phases after it."""
+    for number, phase in enumerate(phases):
+        for place, pass_ in enumerate(phase.passes):
+            if isinstance(pass_, PruneStructured):
+                before = dataclasses.replace(phase, passes=phase.passes[:place])
+                after = dataclasses.replace(phase, passes=phase.passes[place + 1 :])
+                return (*phases[:number], before), pass_, (after, *phases[number + 1 :])
+    raise ValueError("no pass cuts units")
 
 
 def _next_share(tried: Sequence[tuple[float, float]], speedup: float) -> float:
@@ -214,27 +288,63 @@ def _next_share(tried: Sequence[tuple[float, float]], speedup: float) -> float:
     return float(left[0] + part * (right[0] - left[0]))
 
 
-def _measure(
-    whole: OptimizeResult, pruned: OptimizeResult, target: str, inputs: Inputs, threads: int
-) -> tuple[float, float]:
-    """Median seconds of a run of both, compiled, in turns."""
-    from mmopt.autotune.contest import TURNS, compiled, repeats_of, turn
-    from mmopt.backends.cpu.choosing import Chooser
-    from mmopt.backends.profile import load_profile
-    from mmopt.runtime.cpu import default_threads
+class _Bench:
+    """Models compiled to be measured against the first one, and what their kernels take.
 
-    profile = load_profile(target)
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmopt-prune-")))
-        sides = [
-            stack.enter_context(
-                compiled(result.module, profile, Chooser(), folder / name, threads or default_threads())
-            )
-            for name, result in (("whole.mmopt", whole), ("pruned.mmopt", pruned))
-        ]
-        repeats = [repeats_of(side, inputs) for side in sides]
+    Args:
+        target: Name or file of the target profile.
+        inputs: What to measure on.
+        threads: Threads; 0 takes all cores.
+
+    Attributes:
+        times: Seconds of a run of the first model and of each, measured in turns.
+    """
+
+    def __init__(self, target: str, inputs: Inputs, threads: int) -> None:
+        from mmopt.autotune.timetable import TimeTable
+        from mmopt.backends.profile import load_profile
+        from mmopt.runtime.cpu import default_threads
+
+        self._profile, self._inputs, self._threads = load_profile(target), inputs, threads or default_threads()
+        self._table, self._stack = TimeTable(), contextlib.ExitStack()
+        self._first: Any = None
+        self.times: list[tuple[float, float]] = []
+
+    def __enter__(self) -> _Bench:
+        self._folder = pathlib.Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="mmopt-prune-")))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def add(self, module: Module) -> float:
+        """Compile and measure a model; how many times faster it is than the first one."""
+        from mmopt.autotune.contest import compiled
+        from mmopt.backends.cpu.choosing import Chooser
+
+        path = self._folder / f"{len(self.times)}.mmopt"
+        side = compiled(module, self._profile, Chooser(), path, self._threads)
+        if self._first is None:
+            self._first = self._stack.enter_context(side)
+            seconds = self._table.observe(self._first, self._inputs).seconds
+            self.times.append((seconds, seconds))
+            return 1.0
+        with side as session:
+            self._table.observe(session, self._inputs)
+            self.times.append(self._in_turns(session))
+        return self.times[-1][0] / self.times[-1][1]
+
+    def speedup_predicted(self, module: Module) -> float:
+        """How many times faster than the first one a model is predicted to be."""
+        return self.times[0][0] / self._table.predict(module, self._profile)
+
+    def _in_turns(self, session: Any) -> tuple[float, float]:
+        from mmopt.autotune.contest import TURNS, repeats_of, turn
+
+        sides = (self._first, session)
+        repeats = [repeats_of(side, self._inputs) for side in sides]
         times: tuple[list[float], list[float]] = ([], [])
         for number in range(TURNS // 2):
             for place in (0, 1) if number % 2 == 0 else (1, 0):
-                times[place].append(turn(sides[place], inputs, repeats[place]))
-    return statistics.median(times[0]), statistics.median(times[1])
+                times[place].append(turn(sides[place], self._inputs, repeats[place]))
+        return statistics.median(times[0]), statistics.median(times[1])

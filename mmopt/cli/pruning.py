@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 
 from mmopt.errors import UserError
-from mmopt.transforms.prune import PruneStructured, PruneWeights, RepairLeastSquares
+from mmopt.transforms.prune import PruneBlocks, PruneStructured, PruneWeights, RepairLeastSquares
 from mmopt.transforms.prune.budgets import parse
 
-NAMES = (PruneStructured.name, PruneWeights.name, RepairLeastSquares.name)
+NAMES = (PruneStructured.name, PruneBlocks.name, PruneWeights.name, RepairLeastSquares.name)
 
 
 def pruning(share: str | None, *, repair: bool, measure: str = "macs") -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.profile import Profile
 from mmopt.ir.fingerprint import structure_hash
@@ -36,8 +38,20 @@ def predicted_cycles(module: Module, profile: Profile) -> float:
     return _known[key]
 
 
-def _predicted(module: Module, profile: Profile) -> float:
+def kernels_of(module: Module, profile: Profile) -> list[dict[str, Any]]:
+    """Records of the kernels that ``module`` would be compiled to, as a manifest has them.
+
+    Args:
+        module: The module.
+        profile: What it would be compiled for.
+
+    Raises:
+        UnsupportedError: A node runs neither natively nor in onnxruntime.
+    """
     builder = ProgramBuilder(profile, Chooser())
     partition(module, "main", builder, CompileOptions())
-    records = builder.kernels.values()
-    return float(sum(record.get("cycles", 0.0) * record["calls"] for record in records))
+    return list(builder.kernels.values())
+
+
+def _predicted(module: Module, profile: Profile) -> float:
+    return float(sum(record.get("cycles", 0.0) * record["calls"] for record in kernels_of(module, profile)))

@@ -15,7 +15,7 @@ from mmopt.ir.module import Module, save_model
 from mmopt.pipeline.base import PassContext
 from mmopt.transforms.prune import PruneStructured, RepairLeastSquares
 from mmopt.transforms.prune.choice import plan_cut
-from mmopt.transforms.prune.linear_maps import linear_maps
+from mmopt.transforms.prune.linear_maps import linear_maps, norm_maps
 from mmopt.transforms.prune.reference import reference_of, remember
 from mmopt.transforms.prune.slicing import slice_units
 from tests.canonical import evaluate
@@ -254,3 +254,34 @@ def test_two_cuts_are_repaired_against_the_first_model() -> None:
     assert RepairLeastSquares().run(small, context)
     feeds = samples_of(module, 64, seed=7)
     assert moved(module, small, feeds) < 0.5 * moved(module, before, feeds)
+
+
+@pytest.mark.parametrize("op", ["LayerNormalization", "RMSNormalization"])
+def test_scale_and_shift_of_a_normalization_are_fitted_again(op: str) -> None:
+    """Channel by channel, what it gives is then the best multiple of what it gave (and offset, where it has one)."""
+    net = Net(seed=3, opset=23)
+    x = net.input("x", FLOAT, "batch", 12)
+    hidden = net.op("Relu", net.op("Gemm", x, net.weight(12, 32), net.weight(32)))
+    scale, shift = (net.constant(net.rng.uniform(0.5, 2, 12).astype(np.float32)) for _ in range(2))
+    inputs = [scale, shift] if op == "LayerNormalization" else [scale]
+    module = named(
+        net, net.op(op, net.op("Add", x, net.op("Gemm", hidden, net.weight(32, 12), net.weight(12))), *inputs)
+    )
+    (norm,) = norm_maps(module.graph)
+    assert (norm.kind, norm.bias is None) == ("norm", op == "RMSNormalization")
+    small = cut(module, 0.6)
+    context = PassContext(inputs=samples_of(module, 600))
+    assert RepairLeastSquares().run(small, context)
+    assert not np.array_equal(array(small.graph.initializers[str(scale.name)]), array(scale))
+    want, got = (evaluate(m, samples_of(module, 600))["y0"].astype(np.float64) for m in (module, small))
+    for channel in range(12):
+        column = got[:, [channel]] if op == "RMSNormalization" else np.stack([got[:, channel], np.ones(600)], axis=1)
+        best, *_ = np.linalg.lstsq(column, want[:, channel], rcond=None)
+        np.testing.assert_allclose(best, [1.0, 0.0][: len(best)], atol=0.06)
+
+
+def test_a_normalization_that_products_alone_read_is_left_to_them() -> None:
+    net = Net(seed=0)
+    x = net.input("x", FLOAT, "batch", 12)
+    normed = net.op("LayerNormalization", x, net.weight(12), net.weight(12))
+    assert norm_maps(named(net, net.op("Gemm", normed, net.weight(12, 4))).graph) == []

@@ -4,7 +4,8 @@
 
 A ``MatMul`` or ``Gemm`` has one block. A convolution reads patches, and has a block for each of its groups. A recurrent
 layer has two maps: its input (one block, the results of all gates and directions side by side), and its state, with a
-block for each direction.
+block for each direction. What a normalization gives, times one number for each channel, is the least of them: each
+channel is a block of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from mmopt.transforms.canonicalize.editing import integer, is_onnx, tensor_of
 Array = np.ndarray[Any, Any]
 
 RECURRENT = ("LSTM", "GRU", "RNN")
-Kind = Literal["product", "convolution", "input", "state"]
+NORMS = {"LayerNormalization": -1, "RMSNormalization": -1, "InstanceNormalization": 1, "GroupNormalization": 1}
+"""Normalizations with a scale for each channel, and the axis of these."""
+
+Kind = Literal["product", "convolution", "input", "state", "norm"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,8 @@ class LinearMap:
         node: The operator it is in.
         kind: How the operator reads its data.
         weight: The constant.
-        data: The tensor it multiplies; for a state, the states that the layer gives.
+        data: The tensor it multiplies; for a state, the states that the layer gives; for a normalization, its result,
+            which the matrix (ones before a fit) multiplies once more.
         bias: The constant added to its results, or None.
     """
 
@@ -53,7 +58,7 @@ class LinearMap:
         """Axis of the weight that results go along."""
         if self.kind == "product":
             return 0 if _is_transposed(self.node) else 1
-        return 0 if self.kind == "convolution" else 1
+        return 0 if self.kind in ("convolution", "norm") else 1
 
     @property
     def depth_axis(self) -> int:
@@ -65,6 +70,8 @@ class LinearMap:
     @property
     def channel_axis(self) -> int:
         """Axis of the data that the depth goes along, from the end when negative."""
+        if self.kind == "norm":
+            return NORMS[self.node.op_type]
         return 1 if self.kind == "convolution" else -1
 
     @property
@@ -74,6 +81,8 @@ class LinearMap:
 
     def matrix(self, weight: Array) -> Array:
         """``weight`` as ``[blocks, depth, results]``."""
+        if self.kind == "norm":
+            return np.ones((len(weight), 1, 1), weight.dtype)
         if self.kind == "product":
             return (weight.T if _is_transposed(self.node) else weight)[None]
         if self.kind == "convolution":
@@ -104,6 +113,9 @@ class LinearMap:
         """
         if self.kind == "convolution":
             return _patches(self.node, data, weight, self.groups, choose)
+        if self.kind == "norm":
+            flat = np.moveaxis(data, self.channel_axis, -1).reshape(-1, data.shape[self.channel_axis])
+            return flat[choose(len(flat))].T[:, :, None]
         if self.kind != "state":
             flat = data.reshape(-1, data.shape[-1])
             return flat[choose(len(flat))][None]
@@ -128,6 +140,29 @@ class LinearMap:
 def linear_maps(graph: ir.Graph) -> list[LinearMap]:
     """Every product with a constant float32 weight in ``graph``, in order of execution."""
     return [found for node in graph for found in _maps_of(node)]
+
+
+def norm_maps(graph: ir.Graph) -> list[LinearMap]:
+    """Every normalization with a constant float32 scale for each channel that not only products with weights read.
+
+    These products make up for what its scale and shift could.
+    """
+    return [found for node in graph if (found := _norm_map(node)) is not None]
+
+
+def _norm_map(node: ir.Node) -> LinearMap | None:
+    if not is_onnx(node, *NORMS) or len(node.inputs) < 2:
+        return None
+    scale, result = _constant_input(node, 1), node.outputs[0]
+    shift = _constant_input(node, 2)
+    readers = [use.node for use in result.uses()]
+    if scale is None or (shift is None and len(node.inputs) > 2) or len(list(scale.uses())) > 1:
+        return None
+    if shift is not None and len(list(shift.uses())) > 1:
+        return None
+    if readers and not result.is_graph_output() and all(any(_maps_of(reader)) for reader in readers):
+        return None
+    return LinearMap(node, "norm", scale, result, shift)
 
 
 def _maps_of(node: ir.Node) -> Iterator[LinearMap]:

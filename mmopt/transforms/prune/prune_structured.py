@@ -32,6 +32,49 @@ from mmopt.transforms.prune.slicing import slice_units
 
 Array = np.ndarray[Any, Any]
 
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What can be cut of a module, at what damage, and what that saves.
+
+    Attributes:
+        groups: All groups of the module.
+        usable: Those that may be cut.
+        problem: Damage, sizes and cost.
+        tower_floor: A tower keeps at least this part of what the whole model keeps.
+        uniform: The same share of every group goes.
+    """
+
+    groups: tuple[Group, ...]
+    usable: tuple[Group, ...]
+    problem: Problem
+    tower_floor: float
+    uniform: bool
+
+    def sizes(self, shares: Mapping[str | None, float]) -> dict[str, int]:
+        """Units to keep of each usable group.
+
+        Args:
+            shares: Part of the cost to cut, by tower; of the whole model under None.
+
+        Raises:
+            UserError: That is more than can be cut, with how much can.
+        """
+        cost = self.problem.cost
+        goals = [Goal(cost.total(None, tower) * (1 - share), tower) for tower, share in shares.items()]
+        floors = {}
+        if None in shares:
+            kept = self.tower_floor * (1 - shares[None])
+            floors = {tower: cost.total(None, tower) * kept for tower in cost.towers()}
+        problem = dataclasses.replace(self.problem, floors=floors)
+        return _uniform(problem, goals) if self.uniform else choose(problem, goals)
+
+    def keep(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """The units that stay of each group that is cut."""
+        curves = self.problem.curves
+        return {g.name: curves[g.name].kept(sizes[g.name]) for g in self.usable if sizes[g.name] < g.units}
+
+
 _STEPS = {"heads": 1, "groups": 1}
 """Units that are cut one by one: each of them is wide in itself."""
 
@@ -81,22 +124,34 @@ class PruneStructured(Pass):
             UserError: A budget that cannot be met, an unknown tower, or a criterion without what it needs.
         """
         separated = separate_fills(module)
+        plan = self.plan(module, context)
+        shares = parse(self.share, f"{self.name}, share")
+        check_towers(shares, plan.problem.cost.towers(), f"{self.name}, share")
+        sizes = plan.sizes(shares)
+        keep = plan.keep(sizes)
+        if not keep:
+            return separated
+        cut_units(module, plan.groups, keep)
+        self._tell(plan, sizes, context)
+        return True
+
+    def plan(self, module: Module, context: PassContext) -> Plan:
+        """What can be cut of a module, at what damage and for what: all but how much.
+
+        Args:
+            module: The module, in which nothing changes; :func:`separate_fills` has been there.
+            context: Samples, seed, and what predicts times.
+
+        Raises:
+            UserError: A criterion or measure without what it needs.
+        """
         groups = find_groups(module)
         usable = self._usable(groups, context)
         cost = self._cost(module, usable, context)
-        shares = parse(self.share, f"{self.name}, share")
-        check_towers(shares, cost.towers(), f"{self.name}, share")
-        goals = [Goal(cost.total(None, tower) * (1 - share), tower) for tower, share in shares.items()]
         batches = [] if context.inputs is None else batches_of(module, context.inputs, most=self.samples)
         curves = self._curves(module, groups, usable, batches, context)
-        problem = Problem(curves, {g.name: self._options(g) for g in usable}, cost, self._floors(cost, shares))
-        sizes = self._sizes(problem, goals)
-        keep = {g.name: curves[g.name].kept(sizes[g.name]) for g in usable if sizes[g.name] < g.units}
-        if not keep:
-            return separated
-        cut_units(module, groups, keep)
-        self._tell(usable, sizes, problem, context)
-        return True
+        problem = Problem(curves, {g.name: self._options(g) for g in usable}, cost)
+        return Plan(tuple(groups), tuple(usable), problem, self.tower_floor, uniform=self.compare == "uniform")
 
     def _usable(self, groups: Sequence[Group], context: PassContext) -> list[Group]:
         usable = []
@@ -165,18 +220,8 @@ class PruneStructured(Pass):
         least = max(group.multiple, -(-int(np.ceil(group.units * self.floor)) // step) * step)
         return [group.units, *range((group.units - 1) // step * step, least - 1, -step)]
 
-    def _floors(self, cost: costs.CostModel, shares: Mapping[str | None, float]) -> dict[str, float]:
-        if None not in shares:
-            return {}
-        kept = self.tower_floor * (1 - shares[None])
-        return {tower: cost.total(None, tower) * kept for tower in cost.towers()}
-
-    def _sizes(self, problem: Problem, goals: Sequence[Goal]) -> dict[str, int]:
-        if self.compare != "uniform":
-            return choose(problem, goals)
-        return _uniform(problem, goals)
-
-    def _tell(self, usable: Sequence[Group], sizes: Mapping[str, int], problem: Problem, context: PassContext) -> None:
+    def _tell(self, plan: Plan, sizes: Mapping[str, int], context: PassContext) -> None:
+        usable, problem = plan.usable, plan.problem
         for group in usable:
             if sizes[group.name] < group.units:
                 self.remark(context, "applied", group.name, f"{group.units} → {sizes[group.name]} {group.kind}.")

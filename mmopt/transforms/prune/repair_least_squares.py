@@ -23,7 +23,7 @@ from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import tensor_of
-from mmopt.transforms.prune.linear_maps import LinearMap, linear_maps
+from mmopt.transforms.prune.linear_maps import LinearMap, linear_maps, norm_maps
 from mmopt.transforms.prune.modalities import with_each_modality_alone
 from mmopt.transforms.prune.observing import Sample, batches_of, levels, stream
 from mmopt.transforms.prune.padding import valid_rows
@@ -172,12 +172,12 @@ class _Repair:
     ) -> None:
         self._module, self._reference, self._batches = module, reference, batches
         self._bias_only, self._seed = bias_only, seed
-        self._originals = {found.name: found for found in linear_maps(reference.module.graph)}
+        self._originals = {found.name: found for found in _all_maps(reference.module)}
         self._valid = valid_rows(module)
         self.skipped: list[str] = []
 
     def run(self) -> list[Fit]:
-        maps = [found for found in linear_maps(self._module.graph) if self._corresponds(found)]
+        maps = [found for found in _all_maps(self._module) if self._corresponds(found)]
         owners = {found.node: 1 for found in maps}
         owners.update({found.node: 2 for found in maps if found.kind == "state"})
         depth = levels(self._module.graph, owners)
@@ -185,8 +185,10 @@ class _Repair:
         stages: dict[int, list[LinearMap]] = {}
         for found in maps:
             if found.data in dirty or self._is_changed(found):
-                # A state is read one step after the layer's input has been repaired.
-                level = depth[found.data] - 1 if found.kind == "state" else depth.get(found.data, 0)
+                # A state is read one step after the layer's input has been repaired; the result of a normalization
+                # stands for what it reads.
+                is_behind = found.kind in ("state", "norm")
+                level = depth[found.data] - 1 if is_behind else depth.get(found.data, 0)
                 stages.setdefault(level, []).append(found)
         fits: list[Fit] = []
         with ReferenceRunner(seed=self._seed) as runner:
@@ -278,8 +280,8 @@ class _Repair:
         feeds = self._batches[number]
         choose = Sample(self._valid(found, data, feeds), most, (self._seed, number))
         rows = found.rows(data, weight, choose).astype(np.float64)
-        if original.groups > 1:
-            kept = self._reference.take(str(original.data.name), 1, before)
+        if original.groups > 1 or original.kind == "norm":
+            kept = self._reference.take(str(original.data.name), original.channel_axis, before)
             old_rows = found.rows(kept, weight, choose)
         else:
             old_rows = original.rows(before, np.asarray(_tensor(original.weight).numpy()), choose)
@@ -340,6 +342,12 @@ def _fitted(sums: _Sums, start: Array, strength: float, has_bias: bool) -> Array
 def _constants(maps: Sequence[LinearMap], matrix: Array) -> dict[ir.Value, Array]:
     """What a weight and the biases beside it become."""
     found, result = maps[0], {}
+    if found.kind == "norm":
+        factor = matrix[:, 0, 0]
+        result[found.weight] = factor * _tensor(found.weight).numpy()
+        if found.bias is not None:
+            result[found.bias] = factor * _tensor(found.bias).numpy() + matrix[:, -1, 0]
+        return result
     if found.bias is not None:
         offset, matrix = matrix[:, -1].astype(np.float32), matrix[:, :-1]
         for each in maps:
@@ -392,6 +400,10 @@ class _Judge:
 
     def _measure(self) -> float:
         return outputs_moved(self._runner.run_all(self._module, self._batches), self._wanted)
+
+
+def _all_maps(module: Module) -> list[LinearMap]:
+    return [*linear_maps(module.graph), *norm_maps(module.graph)]
 
 
 def _tied(maps: Iterable[LinearMap]) -> dict[ir.Value, list[LinearMap]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,8 +77,12 @@ class Sensitivity:
         """
         from mmopt.transforms.prune.slicing import slice_units
 
+        return self.moved_by(lambda module: slice_units(module, self._groups, keep), tower)
+
+    def moved_by(self, change: Callable[[Module], object], tower: str | None) -> float:
+        """The same for any change that is made to the module in place."""
         changed = self._module.clone()
-        slice_units(changed, self._groups, keep)
+        change(changed)
         sets = [
             (feeds, before)
             for (name, feeds), before in zip(self._sets, self._before, strict=True)

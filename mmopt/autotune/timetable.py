@@ -1,0 +1,144 @@
+"""Times of kernels as measured, and by them times of kernels that were not measured.
+
+Templates predict which of two sizes is faster better than how fast it is: caches, threads and short loops take their
+part. So a kernel takes what its template predicts, times what was measured over what was predicted of the kernels most
+like it: of the same template, operands and number formats, the nearest sizes counting most. What is between kernels
+(the caller, the virtual machine) is taken as it was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from mmopt.backends.profile import Profile
+from mmopt.ir.module import Module
+from mmopt.lowering.prediction import kernels_of
+from mmopt.runtime.profiling import ModelTime, time_kernels
+from mmopt.runtime.session import Session
+
+Record = Mapping[str, Any]
+"""What a program or a manifest says about one kernel."""
+
+_DIM = re.compile(r"(\w+)=([\w?.\-]+)")
+
+_CALL, _BYTE = 400.0, 0.1
+"""Cycles of a kernel whose template predicts nothing: for its call, and for each byte that it reads or writes."""
+
+_NEAR = 0.02
+"""Squared distance, in powers of two, below which sizes count as equally near."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Likeness:
+    """What tells how alike two kernels are.
+
+    Attributes:
+        template: The template.
+        kind: What is no size: operands' forms and number formats, extents known only at run time.
+        sizes: Logarithms of extents by name.
+    """
+
+    template: str
+    kind: tuple[str, ...]
+    sizes: Mapping[str, float]
+
+    @classmethod
+    def of(cls, record: Record) -> _Likeness:
+        workload = str(record.get("workload", ""))
+        dims = dict(_DIM.findall(workload))
+        sizes = {name: math.log2(1 + int(text)) for name, text in dims.items() if text.isdigit()}
+        if not workload and record.get("bytes"):
+            sizes = {"bytes": math.log2(1 + int(record["bytes"]))}
+        kind = [f"{name}={text}" for name, text in dims.items() if not text.isdigit()]
+        return cls(str(record["template"]), (*kind, workload.rpartition(":")[2]), sizes)
+
+    def distance(self, other: _Likeness) -> float:
+        """Squared distance of sizes; large where they are not of the same kind."""
+        names = self.sizes.keys() | other.sizes.keys()
+        apart = sum((self.sizes.get(name, 0.0) - other.sizes.get(name, 0.0)) ** 2 for name in names)
+        return apart + 100.0 * (self.kind != other.kind)
+
+
+class TimeTable:
+    """What kernels take, learned from runs of models.
+
+    Attributes:
+        between: Seconds of a run that are not spent in kernels.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[_Likeness, float]] = []
+        self._between: list[float] = []
+
+    @property
+    def between(self) -> float:
+        """Seconds of a run that are not spent in kernels."""
+        return statistics.median(self._between) if self._between else 0.0
+
+    def learn(self, kernels: Iterable[Record], measured: ModelTime) -> None:
+        """Take the times of one model in.
+
+        Args:
+            kernels: Records of its kernels.
+            measured: Their times.
+        """
+        times = {kernel.name: kernel for kernel in measured.kernels}
+        for record in kernels:
+            found = times.get(str(record["name"]))
+            if found is not None and found.seconds > 0:
+                each = found.seconds / found.calls
+                self._known.append((_Likeness.of(record), math.log(each / _cycles(record))))
+        self._between.append(max(0.0, measured.seconds - sum(kernel.seconds for kernel in measured.kernels)))
+
+    def observe(self, session: Session, inputs: Mapping[str, Any]) -> ModelTime:
+        """Measure the kernels of a loaded artifact and take them in; see :func:`mmopt.runtime.profiling.time_kernels`.
+
+        Args:
+            session: What to run.
+            inputs: On what.
+        """
+        measured = time_kernels(session, inputs)
+        self.learn(session.manifest.kernels, measured)
+        return measured
+
+    def seconds(self, kernels: Iterable[Record]) -> float:
+        """The time of one run of a model with these kernels."""
+        return self.between + sum(self._seconds_of(record) * int(record["calls"]) for record in kernels)
+
+    def predict(self, module: Module, profile: Profile) -> float:
+        """The time of one run of a module, in seconds, without generating code for it.
+
+        Args:
+            module: The module, as it would be compiled.
+            profile: What it would be compiled for: what was learned from ran on it.
+
+        Raises:
+            UnsupportedError: A node runs neither natively nor in onnxruntime.
+        """
+        return self.seconds(kernels_of(module, profile))
+
+    def _seconds_of(self, record: Record) -> float:
+        known = _Likeness.of(record)
+        alike = [(other, ratio) for other, ratio in self._known if other.template == known.template] or self._known
+        if not alike:
+            return 0.0
+        weights = [1 / (_NEAR + known.distance(other)) ** 2 for other, _ in alike]
+        mean = sum(weight * ratio for weight, (_, ratio) in zip(weights, alike, strict=True)) / sum(weights)
+        return _cycles(record) * math.exp(mean)
+
+
+def _cycles(record: Record) -> float:
+    """Cycles as the template predicts them, or as the data that is moved suggests."""
+    predicted = float(record.get("cycles", 0.0))
+    return predicted or _CALL + _BYTE * int(record.get("bytes") or 0)
+
+
+def within(predicted: Sequence[float], measured: Sequence[float], part: float) -> float:
+    """The share of predictions that are at most ``part`` off what was measured."""
+    off = [abs(guess / real - 1) for guess, real in zip(predicted, measured, strict=True)]
+    return sum(one <= part for one in off) / max(1, len(off))
