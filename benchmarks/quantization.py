@@ -30,7 +30,7 @@ from mmopt.bench import machine
 from mmopt.errors import MmoptError
 
 FLOAT = "float"
-OURS = "mmopt w8a8 smooth gptq"
+OURS = "mmopt w8a8"
 
 
 def judge(name: str, folder: pathlib.Path, methods: Sequence[str], *, reuse: bool) -> list[dict[str, Any]]:
@@ -181,9 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"), metavar="FOLDER")
     parser.add_argument("--networks", default="", metavar="NAMES", help="with commas; default: all")
     parser.add_argument("--methods", default="", metavar="NAMES", help="with commas; default: all")
-    parser.add_argument(
-        "--ours", default="mmopt w8a8 smooth gptq", metavar="NAME", help="compared with peers (%(default)s)"
-    )
+    parser.add_argument("--ours", default=OURS, metavar="NAME", help="compared with peers (%(default)s)")
     parser.add_argument("--reuse", action="store_true", help="take results that FOLDER has")
     parser.add_argument("--budgets", action="store_true", help="compare presets at equal sizes instead")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the rows here")

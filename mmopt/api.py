@@ -260,7 +260,7 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
         # Layers whose result leaves the model read floats, but their weights are as large as others'.
         stored = (QuantizeWeights(logits=True),) if target else ()
         # First bfloat16: behind a quantization, its error is judged by steps that happen to be taken otherwise.
-        return (*narrow, QuantizeStatic(portable=not target, balance=True, rounding="auto"), *stored)
+        return (*narrow, QuantizeStatic(portable=not target, balance=True), *stored)
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)

@@ -138,6 +138,7 @@ def batches(arrays: Arrays) -> Iterator[Arrays]:
 
 
 METHODS: dict[str, Method] = {
+    "mmopt w8a8": by_mmopt(QuantizeStatic(balance=True)),
     "mmopt w8a8 minmax": by_mmopt(QuantizeStatic()),
     "mmopt w8a8 percentile": by_mmopt(QuantizeStatic(method="percentile")),
     "mmopt w8a8 mse": by_mmopt(QuantizeStatic(method="mse")),

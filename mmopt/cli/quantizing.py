@@ -25,7 +25,7 @@ def quantization(quant: str | None, precision: str | None = None, *, recover: bo
         if recover and precision != "int8":
             raise UserError("nothing is quantized", where="--recover", hint="add --quant or --precision int8")
         # Where weights and what they multiply are integers, choosing the integers of weights is all there is to do.
-        return [f"{QuantizeStatic.name}{{rounding=adaround}}"] if recover else []
+        return [f"{QuantizeStatic.name}{{rounding=adaround,balance=true}}"] if recover else []
     options = [*_options(quant), *(["rounding=adaround", "recover=true"] if recover else [])]
     return [f"{Quantize.name}{{{','.join(options)}}}"]
 

@@ -746,7 +746,7 @@ class TestPresets:
     def test_command(self, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert quantization("mixed=5bits") == ["quantize{preset=mixed,budget=0.15625}"]
         assert quantization("mixed=metrics") == ["quantize{preset=mixed,by_metrics=true}"]
-        assert quantization(None, "int8", recover=True) == ["quantize-static{rounding=adaround}"]
+        assert quantization(None, "int8", recover=True) == ["quantize-static{rounding=adaround,balance=true}"]
         assert quantization("full", recover=True) == ["quantize{preset=full,rounding=adaround,recover=true}"]
         with pytest.raises(UserError, match="nothing is quantized"):
             quantization(None, "bf16", recover=True)

@@ -78,11 +78,12 @@ class TestAttention:
     def test_by_target(self, target: str, narrow: bool) -> None:
         recipe = choose_recipe(2, "int8", target=target)
         passes = [pass_ for phase in recipe.phases for pass_ in phase.passes]
-        assert QuantizeStatic(portable=not target) in passes
+        static = QuantizeStatic(portable=not target, balance=True)
+        assert static in passes
         assert (NarrowFloats(kinds=("Attention",)) in passes) == narrow
         assert (QuantizeWeights(logits=True) in passes) == bool(target)
         if narrow:  # behind the quantization, its error would be judged by integers that happen to turn out otherwise
-            assert passes.index(NarrowFloats(kinds=("Attention",))) < passes.index(QuantizeStatic())
+            assert passes.index(NarrowFloats(kinds=("Attention",))) < passes.index(static)
 
     def test_nothing_but_its_operands_is_rounded(self) -> None:
         text = "float[1,2,32,32] q, float[32,32] w, int64[7] i, float[2000,32] t"

@@ -120,6 +120,19 @@ class ChannelStatistics:
         self.squares = self.squares + other.squares
         self.count += other.count
 
+    def rescaled(self, index: Array, factors: Array, offsets: Array) -> ChannelStatistics:
+        """Of channels ``factors · x[index] + offsets``; sums of magnitudes are those of the first term alone."""
+        total = factors * self.total[index]
+        return ChannelStatistics(
+            self.axis,
+            factors * self.low[index] + offsets,
+            factors * self.high[index] + offsets,
+            total + self.count * offsets,
+            factors * self.magnitude[index],
+            factors**2 * self.squares[index] + 2 * offsets * total + self.count * offsets**2,
+            self.count,
+        )
+
     @property
     def mean(self) -> Array:
         """Mean of each channel."""
@@ -186,6 +199,38 @@ class TensorStatistics:
             wide = rows.astype(np.float64)
             product = wide.T @ wide
             self.gram = product if self.gram is None else self.gram + product
+
+    def rescaled(self, index: Array, factors: Array, offsets: Array) -> TensorStatistics:
+        """Statistics of a tensor that has channel ``index[k]`` times ``factors[k]`` plus ``offsets[k]`` for its k-th.
+
+        Extremes, means and the Gram matrix are exact; a histogram cannot be had, and is left empty.
+
+        Args:
+            index: int64 ``[new channels]``.
+            factors: Positive, ``[new channels]``.
+            offsets: ``[new channels]``.
+
+        Raises:
+            ValueError: There are no statistics by channel.
+        """
+        if self.channels is None:
+            raise ValueError("there are no statistics by channel")
+        channels = self.channels.rescaled(index, factors, offsets)
+        gram = None
+        if self.gram is not None:
+            # Σ (f x + o)(g y + p) = f g Σ x y + f p Σ x + o g Σ y + n o p
+            total = factors * self.channels.total[index]
+            gram = self.gram[np.ix_(index, index)] * np.outer(factors, factors)
+            gram += np.outer(total, offsets) + np.outer(offsets, total)
+            gram += self.channels.count * np.outer(offsets, offsets)
+        return TensorStatistics(
+            low=float(channels.low.min(initial=math.inf)),
+            high=float(channels.high.max(initial=-math.inf)),
+            count=channels.count * len(index),
+            infinite=self.infinite,
+            channels=channels,
+            gram=gram,
+        )
 
     def merge(self, other: TensorStatistics) -> None:
         """Take in what ``other`` has seen.

@@ -98,18 +98,29 @@ def can_requantize(scale: Expr, zero: Expr | None, dtype: str) -> bool:
 
 
 def step_behind(node: OpNode) -> float | None:
-    """The step of the 8-bit integers that ``node``'s result is rounded to, when nothing else reads it."""
-    output = node.node.outputs[0]
-    users = {user for user, _ in output.uses()}
-    if output.is_graph_output() or len(users) != 1:
-        return None
-    (user,) = users
-    if user.op_type != "QuantizeLinear" or len(user.inputs) < 3 or user.inputs[0] is not output:
+    """The step of the 8-bit integers that ``node``'s result is rounded to, when nothing else reads it.
+
+    Constants may scale and shift it on the way, as where channels of different ranges share a step.
+    """
+    output, factor = node.node.outputs[0], 1.0
+    while (user := _only_user(output)) is not None and user.op_type in ("Mul", "Add") and user.domain == "":
+        other = next((v for v in user.inputs if v is not output), None)
+        value = None if other is None else node.context.value(other)
+        if value is None or value.constant is None or not value.constant.size:
+            return None
+        factor *= float(np.abs(value.constant).max()) if user.op_type == "Mul" else 1.0
+        output = user.outputs[0]
+    if user is None or user.op_type != "QuantizeLinear" or len(user.inputs) < 3 or user.inputs[0] is not output:
         return None
     scale, zero = (node.context.value(v) if v is not None else None for v in user.inputs[1:3])
     if scale is None or zero is None or scale.constant is None or zero.dtype not in ("uint8", "int8"):
         return None
-    return float(np.abs(scale.constant).min()) if scale.constant.size else None
+    return float(np.abs(scale.constant).min()) / max(factor, 1e-30) if scale.constant.size else None
+
+
+def _only_user(value: ir.Value) -> ir.Node | None:
+    users = {user for user, _ in value.uses()}
+    return users.pop() if len(users) == 1 and not value.is_graph_output() else None
 
 
 def coarse_gelu(step: float) -> Callable[[Expr], Expr] | None:

@@ -11,6 +11,7 @@ from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
 from mmopt.transforms.quantize.separate_modalities import SeparateModalities
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
+from mmopt.transforms.quantize.split_channels import SplitChannels
 from mmopt.transforms.quantize.split_ranges import SplitRanges
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "QuantizeWeights",
     "SeparateModalities",
     "SmoothActivations",
+    "SplitChannels",
     "SplitRanges",
 ]

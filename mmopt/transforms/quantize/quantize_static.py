@@ -28,6 +28,8 @@ from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.placement import share_upwards, store_bias, stored_sums
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
 from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
+from mmopt.transforms.quantize.smooth_activations import SmoothActivations
+from mmopt.transforms.quantize.split_channels import SplitChannels
 
 _DTYPES = {8: ir.DataType.UINT8, 16: ir.DataType.UINT16}
 
@@ -42,6 +44,8 @@ class QuantizeStatic(Pass):
         activation_bits: Bits of activations: 8, or 16 for layers that 8 are too few for.
         rounding: Integers of weights: the ``nearest``, or ``gptq`` or ``adaround``: chosen for what the layer gives on
             calibration samples.
+        balance: Whether ``split-channels`` and ``smooth-activations`` go first, with the same statistics. What they
+            change keeps its whole range, whatever ``method`` is.
         correct_bias: Whether the mean error of rounded weights is taken out of the bias.
         kinds: Operators to quantize; all that have integer kernels when empty.
         include: Patterns of names of nodes to quantize; all when empty.
@@ -57,6 +61,7 @@ class QuantizeStatic(Pass):
     method: Literal["minmax", "percentile", "mse", "entropy"] = "minmax"
     activation_bits: Literal[8, 16] = 8
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
+    balance: bool = False
     correct_bias: bool = True
     kinds: tuple[str, ...] = ()
     include: tuple[str, ...] = ()
@@ -82,6 +87,9 @@ class QuantizeStatic(Pass):
             return False
         grams = grams_wanted([layer for group in chosen.values() for layer in group], self.rounding)
         calibration = calibration or calibration_of(self, self.stats, module, context, gram=grams)
+        if self.balance:
+            balance(module, context, calibration)
+            chosen = self._chosen(module, PassContext())
         quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():
@@ -91,16 +99,8 @@ class QuantizeStatic(Pass):
                     message = f"{layer.node.op_type} stays in float: no statistics of {value.name!r} in the calibration"
                     self.remark(context, "missed", layer.name, message)
                 continue
-            quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
-            share_upwards(quantizer, value, encoding, chosen)
+            self._quantize_group(quantizer, value, group, encoding, calibration.tensors[str(value.name)], chosen, names)
             done.update(layer.node.op_type for layer in group)
-            for layer in group:
-                statistics = calibration.tensors[str(value.name)]
-                difference, weight = quantize_weight(quantizer, layer, statistics.gram, self.rounding)
-                if self.correct_bias:
-                    _correct(layer, difference, statistics, names)
-                if self.portable and self.activation_bits == 8:
-                    store_bias(quantizer, layer, encoding, weight)
         self._store_sums(module, quantizer, calibration, chosen)
         readers = [layer.weight for group in chosen.values() for layer in group]
         if len(set(readers)) < len(readers):  # each layer has integers of its own, even where weights were shared
@@ -109,6 +109,26 @@ class QuantizeStatic(Pass):
         origin = f"{calibration.samples} {calibration.source} samples"
         self.remark(context, "applied", "", f"in int8: {counted}; ranges by {self.method} of {origin}")
         return bool(done)
+
+    def _quantize_group(
+        self,
+        quantizer: Quantizer,
+        value: ir.Value,
+        group: list[Layer],
+        encoding: Encoding,
+        statistics: TensorStatistics,
+        chosen: Mapping[ir.Value, Sequence[Layer]],
+        names: Names,
+    ) -> None:
+        """Quantize what the layers of a group read, and their weights and biases."""
+        quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
+        share_upwards(quantizer, value, encoding, chosen)
+        for layer in group:
+            difference, weight = quantize_weight(quantizer, layer, statistics.gram, self.rounding)
+            if self.correct_bias:
+                _correct(layer, difference, statistics, names)
+            if self.portable and self.activation_bits == 8:
+                store_bias(quantizer, layer, encoding, weight)
 
     def _chosen(self, module: Module, context: PassContext) -> dict[ir.Value, list[Layer]]:
         """The layers to quantize, by what they read."""
@@ -138,8 +158,18 @@ class QuantizeStatic(Pass):
     def _encoding(self, statistics: TensorStatistics | None) -> Encoding | None:
         if statistics is None or not statistics.count:
             return None
-        low, high = choose_range(statistics, self.method, bits=self.activation_bits)
+        method = self.method if statistics.histogram.counts.any() else "minmax"
+        low, high = choose_range(statistics, method, bits=self.activation_bits)
         return encode(np.array(low), np.array(high), _DTYPES[self.activation_bits], symmetric=False)
+
+
+def balance(module: Module, context: PassContext, calibration: Calibration) -> None:
+    """Have large channels computed in parts where that can be, and hand ranges over to weights where it cannot.
+
+    ``calibration`` becomes that of the changed module.
+    """
+    SplitChannels().apply(module, context, calibration)
+    SmoothActivations().apply(module, context, calibration)
 
 
 def quantize_weight(

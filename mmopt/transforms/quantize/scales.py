@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import onnx_ir as ir
@@ -49,6 +49,44 @@ def after_norms(module: Module) -> Iterator[tuple[ir.Node, list[Layer]]]:
             continue
         if all(weight_of(layer).shape[layer.depth_axis] == scale.shape[0] for layer in readers):
             yield node, readers
+
+
+def after_attention(module: Module) -> Iterator[tuple[ir.Value, Layer]]:
+    """What attention gives, where layers read it and nothing else, with the layer that makes the values it mixes.
+
+    The values reach the attention alone, as the last part of a Split or as they are, with a bias or without.
+    """
+    found = {layer.node: layer for layer in layers(module) if is_onnx(layer.node, "MatMul")}
+    for node in module.graph:
+        heads = node.attributes.get_int("kv_num_heads", 0) if is_onnx(node, "Attention") else 0
+        if not heads or heads != node.attributes.get_int("q_num_heads", 0) or len(node.outputs) > 1:
+            continue
+        output = node.outputs[0]
+        users = [use.node for use in output.uses()]
+        if not users or output.is_graph_output() or not all(u in found and found[u].data is output for u in users):
+            continue
+        source = _projection(node.inputs[2], found)
+        if source is not None and all(weight_of(found[u]).shape[0] <= weight_of(source).shape[1] for u in users):
+            yield output, source
+
+
+def _projection(value: ir.Value | None, found: Mapping[ir.Node, Layer]) -> Layer | None:
+    """The layer that makes ``value`` for one reader, through the last part of a Split and a bias."""
+    producer = None if value is None else value.producer()
+    alone = producer is not None and value is not None and len(value.uses()) == 1
+    if alone and is_onnx(producer, "Split") and producer.outputs[-1] is value:  # type: ignore[arg-type, union-attr]
+        value = producer.inputs[0]  # type: ignore[union-attr]
+        producer = None if value is None else value.producer()
+        alone = value is not None and len(value.uses()) == 1
+    if alone and producer is not None and is_onnx(producer, "Add"):
+        inner = [v for v in producer.inputs if tensor_of(v) is None]
+        constant = next((tensor_of(v) for v in producer.inputs if tensor_of(v) is not None), None)
+        if len(inner) != 1 or constant is None or len(constant.shape) != 1 or inner[0] is None:
+            return None
+        producer = inner[0].producer() if len(inner[0].uses()) == 1 else None
+    if not alone or producer is None or producer not in found or producer.outputs[0].is_graph_output():
+        return None
+    return found[producer]
 
 
 class Writer:
@@ -106,6 +144,37 @@ class Writer:
         self._replace(layer.node, 1, lambda data: data * along(scales, data.ndim, layer.out_axis))
         if len(layer.node.inputs) > 2 and layer.node.inputs[2] is not None:
             self._replace(layer.node, 2, lambda data: data * scales)
+
+    def scale_values(self, layer: Layer, scales: Array) -> None:
+        """Divide the last channels that ``layer`` gives, and its bias, by ``scales``."""
+        count = len(scales)
+
+        def change(data: Array) -> Array:
+            changed = data.copy()
+            changed[..., -count:] /= scales
+            return changed
+
+        self._replace(layer.node, 1, change)
+        users = [use.node for use in layer.node.outputs[0].uses()]
+        if is_onnx(users[0], "Add"):
+            position = next(n for n, v in enumerate(users[0].inputs) if tensor_of(v) is not None)
+            self._replace(users[0], position, change)
+
+    def take(self, layer: Layer, index: Array, axis: int) -> None:
+        """Give the weight of ``layer`` these channels along ``axis``, and its bias too where they are its output."""
+        self._replace(layer.node, 1, lambda data: np.take(data, index, axis=axis))
+        if axis == layer.out_axis and len(layer.node.inputs) > 2:
+            self._take_operand(layer.node, 2, index)
+
+    def take_operands(self, node: ir.Node, index: Array) -> None:
+        """Give every constant of ``node`` that has one number for each channel these channels."""
+        for position in range(len(node.inputs)):
+            self._take_operand(node, position, index)
+
+    def _take_operand(self, node: ir.Node, position: int, index: Array) -> None:
+        tensor = tensor_of(node.inputs[position])
+        if tensor is not None and tensor.size > 1:
+            self._replace(node, position, lambda data: np.take(data, index, axis=-1))
 
     def _replace(self, node: ir.Node, position: int, change: Callable[[Array], Array]) -> None:
         value = node.inputs[position]

@@ -4,7 +4,8 @@
 
 Nothing changes but rounding. s = max|x|^α / max|w|^(1-α) balances activations against weights (SmoothQuant: Xiao et
 al., 2023); with c, the middle of each channel's range, and α = 1 all channels of a norm's result get the same range
-(RepQ-ViT: Li et al., 2023). Where no norm can take the scales, or others read its result too (as residual sums do), one
+(RepQ-ViT: Li et al., 2023). What attention gives is a mean of its values, channel by channel, so that the projection of
+the values takes the scales. Where neither can take them, or others read the result too (as residual sums do), one
 multiplication and addition stand before the layers instead, if they are worth it.
 """
 
@@ -18,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 
+from mmopt.analysis.calibration import Calibration
 from mmopt.errors import UserError
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
@@ -26,7 +28,7 @@ from mmopt.transforms.quantize.bias import add_to_bias
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.layers import Layer, layers
 from mmopt.transforms.quantize.migration import Migration, choose
-from mmopt.transforms.quantize.scales import Writer, after_norms, weight_of
+from mmopt.transforms.quantize.scales import Writer, after_attention, after_norms, weight_of
 
 WORTH = 1.2
 """Times that the predicted error must fall for operators to be put in."""
@@ -59,15 +61,19 @@ class SmoothActivations(Pass):
         """
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise UserError(f"alpha is {self.alpha:g}", where=self.name, hint="give a share from 0 to 1")
-        groups = [group for group in _groups(module) if group.norm is not None or self.insert]
-        if not groups:
+        if not any(group.source is not None or self.insert for group in _groups(module)):
             return False
-        calibration = calibration_of(self, self.stats, module, context)
+        return self.apply(module, context, calibration_of(self, self.stats, module, context))
+
+    def apply(self, module: Module, context: PassContext, calibration: Calibration) -> bool:
+        """As :meth:`run`, with statistics that are there already; they become those of the changed module."""
         writer = Writer(module)
         done = collections.Counter[str]()
-        for group in groups:
+        for group in list(_groups(module)):
             name = str(group.value.name)
             found = calibration.tensors.get(name)
+            if group.source is None and not self.insert:
+                continue
             if found is None or found.channels is None or len(found.channels.low) != group.depth:
                 self.remark(context, "missed", name, f"no statistics of {name!r} by channel")
                 continue
@@ -75,15 +81,17 @@ class SmoothActivations(Pass):
             chosen = choose(found.channels, group.weights, alpha=self.alpha, shift=shift)
             if self._refused(group, chosen, context):
                 continue
-            _apply(writer, group, chosen)
-            done["norms" if group.norm is not None else "tensors, by operators of their own,"] += 1
+            result = _apply(writer, group, chosen)
+            every = np.arange(group.depth)
+            calibration.tensors[result] = found.rescaled(every, 1 / chosen.scales, -chosen.shifts / chosen.scales)
+            done[group.kind] += 1
         counted = " and ".join(f"{count} {kind}" for kind, count in done.items())
         if done:
             self.remark(context, "applied", "", f"{counted} hand ranges of channels over to the layers that read them.")
         return bool(done)
 
     def _refused(self, group: Group, chosen: Migration, context: PassContext) -> bool:
-        if self.alpha is None and chosen.gain <= (1.0 if group.norm is not None else WORTH):
+        if self.alpha is None and chosen.gain <= (1.0 if group.source is not None else WORTH):
             message = f"its channels are alike: rescaling would lessen the error {chosen.gain:.2f} times only"
             self.remark(context, "missed", str(group.value.name), message)
             return True
@@ -97,12 +105,20 @@ class Group:
     Attributes:
         value: The tensor.
         readers: The layers.
-        norm: The norm that makes it, when it can take the scales.
+        source: The norm that makes it, or the layer that makes the values of the attention that does, when it can take
+            the scales.
     """
 
     value: ir.Value
     readers: list[Layer]
-    norm: ir.Node | None
+    source: ir.Node | Layer | None
+
+    @property
+    def kind(self) -> str:
+        """What takes the scales, in words."""
+        if self.source is None:
+            return "tensors, by operators of their own,"
+        return "norms" if isinstance(self.source, ir.Node) else "projections of values"
 
     @property
     def weights(self) -> list[np.ndarray]:
@@ -115,7 +131,9 @@ class Group:
         outputs = any(
             is_onnx(layer.node, "MatMul") and layer.node.outputs[0].is_graph_output() for layer in self.readers
         )
-        return not outputs and (self.norm is None or is_onnx(self.norm, "LayerNormalization"))
+        if isinstance(self.source, Layer):
+            return False
+        return not outputs and (self.source is None or is_onnx(self.source, "LayerNormalization"))
 
     @property
     def depth(self) -> int:
@@ -124,7 +142,8 @@ class Group:
 
 
 def _groups(module: Module) -> Iterator[Group]:
-    norms = {norm.outputs[0]: norm for norm, _ in after_norms(module)}
+    sources: dict[ir.Value, ir.Node | Layer] = {norm.outputs[0]: norm for norm, _ in after_norms(module)}
+    sources.update(after_attention(module))
     readers: dict[ir.Value, list[Layer]] = collections.defaultdict(list)
     for layer in layers(module):
         if not is_onnx(layer.node, "Conv"):
@@ -132,18 +151,21 @@ def _groups(module: Module) -> Iterator[Group]:
     for value, group in readers.items():
         turned = any(is_onnx(layer.node, "Gemm") and layer.node.attributes.get_int("transA", 0) for layer in group)
         if not turned:
-            yield Group(value, group, norms.get(value))
+            yield Group(value, group, sources.get(value))
 
 
-def _apply(writer: Writer, group: Group, chosen: Migration) -> None:
-    """Rescale what the layers of a group read, and their weights, so that nothing changes."""
+def _apply(writer: Writer, group: Group, chosen: Migration) -> str:
+    """Rescale what the layers of a group read, and their weights, so that nothing changes; name of what they read."""
     shifted = bool(np.any(chosen.shifts))
     offsets = [chosen.shifts @ weight for weight in group.weights] if shifted else []
-    if group.norm is not None:
-        writer.scale_norm(group.norm, chosen.scales, chosen.shifts)
+    if isinstance(group.source, Layer):
+        writer.scale_values(group.source, chosen.scales)
+    elif group.source is not None:
+        writer.scale_norm(group.source, chosen.scales, chosen.shifts)
     else:
         writer.insert(group.value, [layer.node for layer in group.readers], chosen.scales, chosen.shifts)
     for layer in group.readers:
         writer.scale_depth(layer, chosen.scales)
     for layer, offset in zip(group.readers, offsets, strict=bool(offsets)):
         add_to_bias(layer, offset, writer.names)
+    return str(group.readers[0].node.inputs[0].name)  # type: ignore[union-attr]
