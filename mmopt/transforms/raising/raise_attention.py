@@ -23,7 +23,7 @@ from mmopt.analysis.shape_rules import Shape
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import compose_transposes, merge_reshapes
-from mmopt.transforms.canonicalize.editing import integer, is_onnx
+from mmopt.transforms.canonicalize.editing import integer, is_onnx, replace
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule
 from mmopt.transforms.raising.attention_heads import Heads, Operand, View, choose_heads, rearranged, refined, unscaled
 from mmopt.transforms.raising.attention_masks import write_mask
@@ -176,18 +176,20 @@ def _head_attributes(operands: _Operands) -> dict[str, Any]:
 
 def _absorb(node: ir.Node, rewriter: Rewriter) -> bool:
     """Reshapes, transpositions, repeated heads and scales around an operator of rank 4 become part of it."""
-    if len(node.inputs) > 4 and any(value is not None for value in node.inputs[4:]):
+    cached = len(node.inputs) > 5 and node.inputs[4] is not None and node.inputs[5] is not None
+    if any(value is not None for value in node.inputs[6:] if cached) or (not cached and any(node.inputs[4:])):
         return False
-    if any(output.uses() or output.is_graph_output() for output in node.outputs[1:]):
+    if any(output.uses() or output.is_graph_output() for output in node.outputs[3 if cached else 1 :]):
         return False
     query, key, value = node.inputs[:3]
     shapes = [rewriter.shape(v) for v in (query, key, value)]
     layouts = _layouts(shapes)
     if layouts is None or query is None or key is None or value is None:
         return False
+    keys = Operand(key, layouts[1], "column", "depth", rewriter)
     operands = (
         Operand(query, layouts[0], "row", "depth", rewriter),
-        Operand(key, layouts[1], "column", "depth", rewriter),
+        unscaled(keys) if cached else keys,
         unscaled(Operand(value, layouts[2], "depth", "column", rewriter)),
     )
     whole = Layout((*layouts[0].groups[:3], layouts[2].groups[3]))
@@ -196,6 +198,8 @@ def _absorb(node: ir.Node, rewriter: Rewriter) -> bool:
     chosen = _choose(operands, lead, lambda heads, rank: output_cost(result, whole, heads, rank, rewriter))
     if isinstance(chosen, str) or (chosen.rank == 4 and all(view.source.value in node.inputs for view in chosen.views)):
         return False
+    if cached and chosen.heads.kept != shapes[1][1]:  # type: ignore[index]
+        return False  # Repeated keys are what goes on in the cache.
     try:
         return _replace(node, chosen, whole, rewriter)
     except Unbuildable:
@@ -244,9 +248,23 @@ def _replace(node: ir.Node, operands: _Operands, whole: Layout, rewriter: Rewrit
     attributes.update(scale=scale * operands.factor, **_head_attributes(operands))
     dtype = rewriter.dtype(node.outputs[0])
     with Builder(rewriter, node, [value for value in node.inputs[:3] if value is not None]) as builder:
-        inputs = [*(view.write(builder, operands.rank) for view in operands.views), *node.inputs[3:4]]
+        inputs = [*(view.write(builder, operands.rank) for view in operands.views), *node.inputs[3:6]]
         result = builder.node("Attention", inputs, [extent(group) for group in axes], dtype, **attributes)
-        return rewriter.replace(node, rearranged(builder, result, Layout(axes), layout.groups))
+        arranged = rearranged(builder, result, Layout(axes), layout.groups)
+    _hand_over_cache(node, result.producer(), rewriter)
+    return rewriter.replace(node, arranged)
+
+
+def _hand_over_cache(old: ir.Node, new: ir.Node | None, rewriter: Rewriter) -> None:
+    """The longer keys and values come from ``new``."""
+    if new is None or len(old.outputs) < 3:
+        return
+    new.resize_outputs(3)
+    for before, after in zip(old.outputs[1:3], new.outputs[1:3], strict=True):
+        after.name = rewriter.names.fresh(f"{before.name}_present")
+        after.type, after.shape = before.type, before.shape
+        rewriter.facts.set(after, rewriter.facts.fact(before))
+        replace(before, after)
 
 
 _HEADS = ("q_num_heads", "kv_num_heads")
