@@ -34,8 +34,8 @@ from mmopt.frontends.onnx import module_from_proto
 
 SCHEMA_VERSION = 1
 TARGETS = ("cortex-a76", "neoverse-n1")
-MULTIPLIES = re.compile(r"\t(fmla|sdot|usdot|sudot|smlal2?|bfdot)\s.*\[\d\]$")
-"""Multiplies by an element, as only products do."""
+MULTIPLIES = re.compile(r"\t(?:(fmla|sdot|smlal2?)\s.*\[\d\]|(smmla|usmmla|bfmmla)\s.*)$")
+"""Multiplies by an element or of matrices, as only products do."""
 
 ITERATIONS = 100
 FREE = 24

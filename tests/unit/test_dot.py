@@ -53,8 +53,9 @@ INSTRUCTIONS = {
     ("armv8.0", "bfloat16"): r"fmla\s+v\d+\.4s, v\d+\.4s, v\d+\.s\[\d\]",
     ("cortex-a76", "int8"): r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
     ("cortex-a76", "uint8"): r"sdot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
-    ("neoverse-v1", "uint8"): r"[us]udot\s+v\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]",
-    ("neoverse-v1", "bfloat16"): r"bfdot\s+v\d+\.4s, v\d+\.8h, v\d+\.2h\[\d\]",
+    ("neoverse-v1", "int8"): r"\bsmmla\s+v\d+\.4s, v\d+\.16b, v\d+\.16b",
+    ("neoverse-v1", "uint8"): r"\busmmla\s+v\d+\.4s, v\d+\.16b, v\d+\.16b",
+    ("neoverse-v1", "bfloat16"): r"\bbfmmla\s+v\d+\.4s, v\d+\.8h, v\d+\.8h",
 }
 """What the code for a target must contain, by the type of the left operand."""
 

@@ -1,7 +1,8 @@
 """Which NEON instructions multiply which numbers.
 
 A vector of the left operand is loaded for each row, and the instruction takes one 32-bit group of it for all lanes: so
-kernels go on by a whole vector of depth at a time.
+kernels go on by a whole vector of depth at a time. Matrix instructions take eight bytes of two rows and two columns,
+and do twice as much; see :mod:`mmopt.backends.arm.matrix_code`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from collections.abc import Collection
 VECTOR_BYTES = 16
 LANES = 4
 """Sums of 32 bits in a vector."""
+
+MATRICES = ("smmla", "usmmla", "bfmmla")
+"""Instructions that multiply two rows by two columns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +57,7 @@ def neon_choice(features: Collection[str], a: str, b: str) -> Choice | None:
     if b == "int8" and a in ("int8", "uint8"):
         return _integers(features, a)
     if (a, b) == ("bfloat16", "bfloat16") and "bf16" in features:
-        return Choice("bfdot", "bfloat16", "bfloat16", "float32", 2, 8)
+        return Choice("bfmmla", "bfloat16", "bfloat16", "float32", 4, 8)
     if (a, b) in (("bfloat16", "bfloat16"), ("float16", "float16")):  # sums in float16 would lose too much
         return Choice("fma", "float32", b, "float32", 1, 4, temporaries=1)
     if a == "float32" and b in ("float32", "bfloat16", "int8"):
@@ -62,15 +66,20 @@ def neon_choice(features: Collection[str], a: str, b: str) -> Choice | None:
 
 
 def _integers(features: Collection[str], a: str) -> Choice:
+    if "i8mm" in features:
+        return Choice("smmla" if a == "int8" else "usmmla", a, "int8", "int32", 8, 16)
     if "asimddp" not in features:
         return Choice("smlal", "int16", "int8", "int32", 1, 8, temporaries=1)
     if a == "int8":
         return Choice("sdot", "int8", "int8", "int32", 4, 16)
-    if "i8mm" in features:
-        return Choice("usdot", "uint8", "int8", "int32", 4, 16)
     return Choice("sdot", "int8", "int8", "int32", 4, 16, shift=-128)
 
 
 def rows_that_fit(choice: Choice, registers: int, vectors: int) -> int:
-    """Rows of the largest kernel: its sums, a vector of the left operand for each row, a row of the right operand."""
+    """Rows of the largest kernel: its sums, a vector of the left operand for each row, a row of the right operand.
+
+    A matrix instruction wants pairs of rows; four registers are left for vectors of the right operand and their order.
+    """
+    if choice.name in MATRICES:
+        return min(14, (registers - 4) // (vectors + 1) // 2 * 2)
     return max(1, min(14, (registers - vectors - choice.temporaries) // (vectors + 1)))

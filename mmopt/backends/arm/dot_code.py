@@ -8,7 +8,7 @@ from mmopt.backends.arm.dot import LANES
 from mmopt.backends.cpu.dot_code import Vectors
 from mmopt.backends.expressions import itemsize
 
-_GROUPS = {"fma": "float", "bfdot": "float", "smlal": "i16"}
+_GROUPS = {"fma": "float", "smlal": "i16"}
 """What one lane takes of the left operand; 32 bits as an integer where nothing is said."""
 
 _BYTES = "<16 x i8>"
@@ -16,6 +16,8 @@ _BYTES = "<16 x i8>"
 
 class NeonVectors(Vectors):
     """Sums in vector registers; of each row of A, a vector is loaded, and one group of it multiplied by every lane."""
+
+    rolled = True
 
     def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
         dot, vectors = self.dot, self.kernel.vectors
@@ -34,24 +36,17 @@ class NeonVectors(Vectors):
     @property
     def _bytes(self) -> bool:
         """Whether the instruction takes vectors of bytes."""
-        return self.dot.name in ("sdot", "usdot")
+        return self.dot.name == "sdot"
 
     @property
     def _group(self) -> str:
         return _GROUPS.get(self.dot.name, "i32")
 
     def _load_row(self, place: str, groups: int) -> str:
-        row = self.w.let(f"load <{groups} x {self._group}>, ptr {place}, align 1")
-        if self.dot.name != "bfdot" or groups == LANES:
-            return row
-        lanes = ", ".join(f"i32 {min(n, groups)}" for n in range(LANES))
-        kind = f"<{groups} x {self._group}>"
-        return self.w.let(f"shufflevector {kind} {row}, {kind} zeroinitializer, <{LANES} x i32> <{lanes}>")
+        return self.w.let(f"load <{groups} x {self._group}>, ptr {place}, align 1")
 
     def _one_group(self, row: str, groups: int, number: int) -> str:
         """Group ``number`` of a row in every lane, as the instruction takes it."""
-        if self.dot.name == "bfdot":
-            return f"{row}|{number}"
         kind = f"<{groups} x {self._group}>"
         lanes = ", ".join([f"i32 {number}"] * LANES)
         value = self.w.let(f"shufflevector {kind} {row}, {kind} poison, <{LANES} x i32> <{lanes}>")
@@ -79,32 +74,20 @@ class NeonVectors(Vectors):
         return [self.w.let(f"shufflevector <8 x i16> {wide}, <8 x i16> poison, <4 x i32> <{half}>") for half in halves]
 
     def _column(self, place: str) -> str:
-        if self.dot.name == "bfdot":
-            return self.w.let(f"load <8 x i16>, ptr {place}, align 1")
         return self.w.let(f"load {_BYTES}, ptr {place}, align 1") if self._bytes else super()._column(place)
 
     def _dot(self, total: str, a: str, b: str) -> str:
         name = self.dot.name
         if name == "fma":
             return super()._dot(total, a, b)
-        if name == "smlal":
-            return self._widened(total, a, b)
-        return self._bfdot(total, a, b) if name == "bfdot" else self._bytes_dot(total, a, b)
+        return self._widened(total, a, b) if name == "smlal" else self._bytes_dot(total, a, b)
 
     def _bytes_dot(self, total: str, a: str, b: str) -> str:
-        # usdot wants the unsigned operand first, which is A; by element it becomes sudot.
-        first, second = (a, b) if self.dot.name == "usdot" else (b, a)
-        result, function = self.sum_type, f"llvm.aarch64.neon.{self.dot.name}.v4i32.v16i8"
+        result, function = self.sum_type, "llvm.aarch64.neon.sdot.v4i32.v16i8"
         self.w.declare(f"{result} @{function}({result}, {_BYTES}, {_BYTES})")
-        return self.w.let(f"call {result} @{function}({result} {total}, {_BYTES} {first}, {_BYTES} {second})")
+        return self.w.let(f"call {result} @{function}({result} {total}, {_BYTES} {b}, {_BYTES} {a})")
 
     def _widened(self, total: str, a: str, b: str) -> str:
         self.w.declare("<4 x i32> @llvm.aarch64.neon.smull.v4i32(<4 x i16>, <4 x i16>)")
         product = self.w.let(f"call <4 x i32> @llvm.aarch64.neon.smull.v4i32(<4 x i16> {b}, <4 x i16> {a})")
         return self.w.let(f"add <4 x i32> {total}, {product}")
-
-    def _bfdot(self, total: str, a: str, b: str) -> str:
-        """By element, which LLVM does not find by itself: it would copy each element to all lanes first."""
-        row, _, number = a.partition("|")
-        text = f'asm "bfdot $0.4s, $2.8h, $3.2h[{number}]", "=w,0,w,w"'
-        return self.w.let(f"call <4 x float> {text}(<4 x float> {total}, <8 x i16> {b}, <4 x float> {row})")

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mmopt.backends.arm.dot import MATRICES
 from mmopt.backends.expressions import itemsize
 
 if TYPE_CHECKING:
@@ -25,6 +26,9 @@ _HEADER = (
 TYPES = {"int8": "i8", "uint8": "i8", "int16": "i16", "bfloat16": "i16", "int32": "i32", "float32": "float"}
 TYPES["float16"] = "half"
 """LLVM's names of element types; bfloat16 is stored as integers."""
+
+
+_ROLLED = ("!0 = distinct !{!0, !2}", "!1 = distinct !{!1, !2}", '!2 = !{!"llvm.loop.unroll.disable"}')
 
 
 class Writer:
@@ -56,20 +60,31 @@ class Writer:
 def micro_kernel(kernel: MicroKernel) -> str:
     """A function of c, stride of c, a, stride of a, b, steps, segments, offsets, ahead."""
     w = Writer()
-    _writer(kernel)(kernel, w).write()
-    return "\n".join([_HEADER.format(name=kernel.name), *w.lines, "}", *w.declared, ""])
+    writer = _writer(kernel)
+    writer(kernel, w).write()
+    return "\n".join(
+        [_HEADER.format(name=kernel.name), *w.lines, "}", *w.declared, *(_ROLLED if writer.rolled else ()), ""]
+    )
 
 
 def _writer(kernel: MicroKernel) -> type[_Kernel]:
-    if kernel.dot.neon:
-        from mmopt.backends.arm.dot_code import NeonVectors  # it is made of what is below
+    if kernel.dot.neon:  # Arm's are made of what is below
+        from mmopt.backends.arm.dot_code import NeonVectors
+        from mmopt.backends.arm.matrix_code import NeonMatrices
 
-        return NeonVectors
+        return NeonMatrices if kernel.dot.name in MATRICES else NeonVectors
     return _Tiles if kernel.dot.tiled else Vectors
 
 
 class _Kernel:
-    """Loops over segments and steps around what one step does. Sums are loop-carried values named by ``carried``."""
+    """Loops over segments and steps around what one step does. Sums are loop-carried values named by ``carried``.
+
+    Attributes:
+        rolled: Whether both loops are left as they are. Unrolled where the number of rounds is known, LLVM loads
+            more ahead than there are registers for.
+    """
+
+    rolled = False
 
     def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
         self.kernel, self.dot, self.w = kernel, kernel.dot, writer
@@ -118,7 +133,8 @@ class _Kernel:
         w.line(f"  %pk1 = getelementptr i8, ptr %pk, i64 {64 * self.kernel.prefetch}")
         w.line("  %k1 = add i64 %k, 1")
         w.line("  %more = icmp ult i64 %k1, %steps")
-        w.line(f"  br i1 %more, label %step, label %{'next' if indexed else 'done'}")
+        mark = ", !llvm.loop !0" if self.rolled else ""
+        w.line(f"  br i1 %more, label %step, label %{'next' if indexed else 'done'}{mark}")
         if indexed:
             self._segment_tail()
         w.line("done:")
@@ -142,7 +158,8 @@ class _Kernel:
         self.w.line("next:")
         self.w.line("  %s_next = add i64 %s, 1")
         self.w.line("  %again = icmp ult i64 %s_next, %segments")
-        self.w.line("  br i1 %again, label %segment, label %done")
+        mark = ", !llvm.loop !1" if self.rolled else ""
+        self.w.line(f"  br i1 %again, label %segment, label %done{mark}")
 
     def _prefetch(self) -> None:
         for n in range(self.kernel.prefetch):
