@@ -5,21 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 
-import numpy as np
 import onnx_ir as ir
-from tvm import relax, tirx
 from tvm.ir import Expr, GlobalVar
 
-from mmopt.backends.compute import Map, Source, Tensor, index
-from mmopt.backends.cpu.joining import WEIGHTS
-from mmopt.backends.cpu.loops import flat_index, split_index
-from mmopt.backends.expressions import same, simplify, variables
+from mmopt.backends.compute import Source, index
+from mmopt.backends.expressions import variables
 from mmopt.ir.expand import contradiction, instantiate, standard_body
 from mmopt.ir.module import FUSED_DOMAIN
+from mmopt.lowering.emission import KernelCalls
 from mmopt.lowering.program import ProgramBuilder
 from mmopt.lowering.registry import OpNode, lowering_of
 from mmopt.lowering.values import (
-    ConstantSource,
     Illegal,
     NotLowered,
     Value,
@@ -27,7 +23,6 @@ from mmopt.lowering.values import (
     dtype_name,
     identifier,
     narrow_bits,
-    plain_view,
 )
 
 REMEMBERING = frozenset(
@@ -41,15 +36,12 @@ FAILED = "its lowering failed"
 
 
 @dataclasses.dataclass
-class Params:
-    """Weights one entry function takes, in the order of its last argument."""
+class Subfunction:
+    """A lowered body: call ``handle`` with :meth:`FunctionLowering.hand_over`; results are like ``outputs``."""
 
-    sources: list[ConstantSource] = dataclasses.field(default_factory=list)
-
-    def position(self, source: ConstantSource) -> int:
-        if source not in self.sources:
-            self.sources.append(source)
-        return self.sources.index(source)
+    handle: GlobalVar
+    captured: list[Value]
+    outputs: list[Value]
 
 
 class BranchesDiffer(NotLowered):
@@ -72,8 +64,8 @@ def _tell(failed: Callable[[ir.Node, NotLowered], None] | None, node: ir.Node, r
     failed(node, reason)
 
 
-class FunctionLowering:
-    """Builds one Relax function.
+class FunctionLowering(KernelCalls):
+    """Lowers the nodes of a graph into one Relax function.
 
     Operators are lowered to lazy tensors; a value is *realized* when a kernel has been emitted that stores it. After
     every node its results are realized, except inside a fusion group, which is realized as a whole.
@@ -94,44 +86,21 @@ class FunctionLowering:
         functions: dict[ir.OperatorIdentifier, ir.Function],
         parent: FunctionLowering | None = None,
     ) -> None:
-        self.program = program
-        self.name = name
+        super().__init__(program, name, parent)
         self.opsets = opsets
         self.functions = functions
         self.parent = parent
-        self.params: Params = parent.params if parent else Params()
-        self.symbols: dict[str, Expr] = {}
-        self.builder = relax.BlockBuilder()
         self.captured: list[Value] = []
         self.values: dict[ir.Value, Value] = {}
         self.missing: dict[ir.Value, str] = {}
-        self._vars: dict[Tensor, relax.Var] = {}
-        self._realized: dict[Tensor, Source] = {}
-        self._borrowed: set[Tensor] = set()
-        self._params_var = relax.Var(WEIGHTS, relax.ObjectType())
-        self._arguments: list[relax.Var] = []
         self._lazy = 0
-        self._scopes: list[relax.BlockBuilder] = []
 
     # -- the function ------------------------------------------------------------------------------------------
-
-    def symbol(self, name: str) -> Expr:
-        """The size variable called ``name``."""
-        if name not in self.symbols:
-            if self.parent is not None and name in self.parent.symbols:
-                self.symbols[name] = self.parent.symbols[name]
-            else:
-                self.symbols[name] = tirx.Var(name, "int64")
-        return self.symbols[name]
 
     @property
     def lazy(self) -> bool:
         """Whether a fusion group is being lowered, whose values are not stored node by node."""
         return self._lazy > 0
-
-    def fresh_symbol(self, hint: str) -> Expr:
-        """A size variable nobody uses yet, for an extent known only at run time."""
-        return self.symbol(self.program.unique(f"{hint}_size"))
 
     def argument(self, value: ir.Value) -> Value:
         """Declare a parameter of the function for a graph input.
@@ -148,14 +117,6 @@ class FunctionLowering:
         made.bits = narrow_bits(value.dtype)
         self.values[value] = made
         return made
-
-    def bind_argument(self, source: Source) -> Value:
-        """Declare a parameter for ``source``."""
-        var = relax.Var(source.name, relax.TensorType(source.shape, source.dtype))
-        self._arguments.append(var)
-        self._vars[source] = var
-        self._borrowed.add(source)
-        return Value(source, name=source.name)
 
     def _extent(self, dim: int | ir.SymbolicDim, hint: str) -> Expr:
         if isinstance(dim, int):
@@ -190,10 +151,6 @@ class FunctionLowering:
                     _tell(failed, node, reason)
             except NotLowered as reason:
                 _tell(failed, node, reason)
-
-    def body(self) -> _Body:
-        """Context in which nodes are lowered; ends with :meth:`_Body.finish`."""
-        return _Body(self)
 
     def lower_node(self, node: ir.Node) -> None:
         """Lower one node.
@@ -308,176 +265,6 @@ class FunctionLowering:
         self.captured.append(outer)
         return self.bind_argument(Source(outer.shape, outer.dtype, outer.name))
 
-    def constant(self, data: np.ndarray, name: str = "constant") -> Value:
-        """A compile-time constant made by a lowering."""
-        return Value(constant=np.asarray(data), name=name)
-
-    def reshape(self, value: Value, shape: Sequence[int | Expr]) -> Value:
-        """``value`` with other extents and the same elements in order; never copies what is in memory."""
-        made = self._reshaped(value, shape)
-        if made is not value:
-            made.bits = value.bits
-            if value.narrow is not None:
-                made.narrow = self.reshape(value.narrow, shape)
-            if value.quantized is not None and value.quantized.single:
-                integers = self.reshape(value.quantized.value, shape)
-                made.quantized = dataclasses.replace(value.quantized, value=integers)
-        return made
-
-    def _reshaped(self, value: Value, shape: Sequence[int | Expr]) -> Value:
-        extents = [simplify(index(d)) for d in shape]
-        if value.constant is not None and all(isinstance(e, tirx.IntImm) for e in extents):
-            return Value(constant=value.constant.reshape([int(e.value) for e in extents]), name=value.name)
-        if value.elements is not None and all(isinstance(e, tirx.IntImm) for e in extents):
-            return Value(elements=value.elements.reshape([int(e.value) for e in extents]), dtype=value.dtype)
-        self._refresh(value)
-        tensor = value.tensor
-        if len(extents) == tensor.ndim and all(map(same, extents, tensor.shape)):
-            return value
-        if not isinstance(tensor, Source):
-            return Value(_reindexed(tensor, extents), name=value.name)
-        view = Source(extents, tensor.dtype, tensor.name)
-        out = relax.TensorType(view.shape, view.dtype)
-        call = relax.call_pure_packed(
-            "vm.builtin.reshape", self.var(tensor), relax.ShapeExpr(view.shape), ty_args=[out]
-        )
-        self._vars[view] = self.builder.emit(call)
-        if tensor in self._borrowed or isinstance(tensor, ConstantSource):
-            self._borrowed.add(view)
-        return Value(view, name=value.name)
-
-    def realize(self, values: Sequence[Value], hint: str = "kernel") -> None:
-        """Emit one kernel that stores all of ``values`` that are still computations."""
-        for value in values:
-            self._refresh(value)
-        tensors = list(dict.fromkeys(v.blocked or v.tensor for v in values if v.pending))
-        if not tensors:
-            return
-        handle, kernel = self.program.kernel(tensors, hint)
-        arguments = [self.var(s) for s in kernel.sources] + list(kernel.symbols)
-        types = [relax.TensorType(t.shape, t.dtype) for t in tensors]
-        result = self.builder.emit(relax.call_tir(handle, arguments, types))
-        for position, tensor in enumerate(tensors):
-            source = Source(tensor.shape, tensor.dtype, tensor.name)
-            single = result if len(tensors) == 1 else self.builder.emit(relax.TupleGetItem(result, position))
-            self._vars[source] = single
-            self._realized[tensor] = source
-        for value in values:
-            self._refresh(value)
-
-    def dense(self, value: Value) -> Source:
-        """``value`` in memory in its plain layout."""
-        self.realize([value], "operand")
-        if not isinstance(value.tensor, Source):
-            plain = Value(value.tensor)
-            self.realize([plain], "plain")
-            value.tensor = plain.tensor
-        assert isinstance(value.tensor, Source)
-        return value.tensor
-
-    def in_blocks(self, value: Value, lanes: int) -> Source:
-        """``value`` in memory as ``[N, C/lanes, *space, lanes]``; its channels must be a multiple of ``lanes``."""
-        self.realize([value], "operand")
-        blocked = value.in_blocks_of(lanes)
-        if blocked is None:
-            plain, count = value.tensor, simplify(tirx.floordiv(value.shape[1], index(lanes)))
-
-            def body(n: Expr, c: Expr, *rest: Expr) -> Expr:
-                return plain[(n, c * lanes + rest[-1], *rest[:-1])]
-
-            made = Value(Map((value.shape[0], count, *value.shape[2:], index(lanes)), value.dtype, body, "blocks"))
-            self.realize([made], "blocks")
-            blocked = made.tensor
-            if value.blocked is None and value.constant is None:
-                value.blocked = blocked
-        assert isinstance(blocked, Source)
-        return blocked
-
-    def _refresh(self, value: Value) -> None:
-        if value.blocked is not None:
-            if value.blocked in self._realized:
-                value.blocked = self._realized[value.blocked]
-                if not isinstance(value.tensor, Source):
-                    value.tensor = plain_view(value.blocked)
-            return
-        if value.pending and value.tensor in self._realized:
-            value.tensor = self._realized[value.tensor]
-
-    def tensor(self, value: Value) -> Tensor:
-        """The tensor of ``value``, from memory when it has been realized."""
-        self._refresh(value)
-        return value.tensor
-
-    def var(self, source: Tensor) -> relax.Var:
-        """The Relax variable that holds ``source``."""
-        if source not in self._vars:
-            if not isinstance(source, ConstantSource):
-                raise NotLowered(f"{source!r} is not available in {self.name}")
-            out = relax.TensorType(source.shape, source.dtype)
-            position = relax.prim_value(1 + self.params.position(source))  # behind the table of addresses
-            call = relax.call_pure_packed("vm.builtin.tuple_getitem", self._params_var, position, ty_args=[out])
-            self._vars[source] = self.builder.emit(call)
-        return self._vars[source]
-
-    def emit(self, call: Expr, shape: Sequence[Expr], dtype: str, name: str) -> Value:
-        """Emit any Relax expression that gives a tensor."""
-        source = Source(shape, dtype, name)
-        self._vars[source] = self.builder.emit(call)
-        return Value(source, name=name)
-
-    def match(self, call: Expr, shape: Sequence[Expr], dtype: str, name: str) -> Value:
-        """Emit a Relax expression whose extents are known at run time; the variables of ``shape`` are bound to them."""
-        source = Source(shape, dtype, name)
-        raw = self.builder.emit(call)
-        self._vars[source] = self.builder.match_cast(raw, relax.TensorType(source.shape, dtype))
-        return Value(source, name=name)
-
-    def borrow(self, value: Value) -> None:
-        """Declare that ``value`` may share memory with an argument: as a result of the function it is copied."""
-        self._borrowed.add(value.tensor)
-
-    def runtime_extents(self, value: Value, hint: str) -> list[Expr]:
-        """Elements of a 1-D integer tensor as extents, read at run time where they are not followed at compile time.
-
-        Raises:
-            NotLowered: The number of elements is not known.
-        """
-        if value.elements is not None:
-            return list(value.elements.reshape(-1))
-        if value.ndim != 1 or not isinstance(value.shape[0], tirx.IntImm):
-            raise NotLowered(f"{hint} has an unknown number of elements")
-        if value.dtype != "int64":
-            tensor = self.tensor(value)
-            value = Value(Map(value.shape, "int64", lambda i: tensor[i].astype("int64"), "extents"))
-        self.realize([value], "extents")
-        count = int(value.shape[0].value)
-        extents = [self.fresh_symbol(hint) for _ in range(count)]
-        shape = self.builder.emit(relax.op.tensor_to_shape(self.var(value.tensor)))
-        self.builder.match_cast(shape, relax.ShapeType(extents))
-        return extents
-
-    # -- results -----------------------------------------------------------------------------------------------
-
-    def results(self, values: Sequence[Value]) -> list[relax.Var]:
-        """Variables to return: every result has memory of its own."""
-        given: set[Tensor] = set()
-        variables_: list[relax.Var] = []
-        for value in values:
-            self.realize([value], "output")
-            tensor = value.tensor
-            if (
-                value.constant is not None
-                or not isinstance(tensor, Source)
-                or tensor in self._borrowed
-                or tensor in given
-            ):
-                value = Value(Map(tensor.shape, tensor.dtype, lambda *at, t=tensor: t[at] if at else t[()], "copy"))
-                self.realize([value], "copy")
-                tensor = value.tensor
-            given.add(tensor)
-            variables_.append(self.var(tensor))
-        return variables_
-
     def child(self, hint: str) -> FunctionLowering:
         """A function whose body may use this one's values and sizes."""
         inner = FunctionLowering(
@@ -501,94 +288,3 @@ class FunctionLowering:
             body.finish(outputs, symbols=list(self.symbols.values()))
         handle = self.program.add_function(body.function, inner.name)
         return Subfunction(handle, inner.captured, outputs)
-
-    def receive(self, type_: relax.Type, name: str) -> relax.Var:
-        """Declare a parameter that is only handed on."""
-        self._arguments.append(relax.Var(name, type_))
-        return self._arguments[-1]
-
-    def hand_over(self, captured: Sequence[Value]) -> list[Expr]:
-        """The last arguments of a call to a :meth:`child`: values it captured, sizes, weights."""
-        sizes_ = [relax.ShapeExpr(list(self.symbols.values()))] if self.symbols else []
-        return [*(self.var(self.dense(c)) for c in captured), *sizes_, self._params_var]
-
-
-@dataclasses.dataclass
-class Subfunction:
-    """A lowered body: call ``handle`` with :meth:`FunctionLowering.hand_over`; results are like ``outputs``."""
-
-    handle: GlobalVar
-    captured: list[Value]
-    outputs: list[Value]
-
-
-class _Body:
-    """Keeps the builder's scopes open while nodes are lowered, and closes them into a function."""
-
-    def __init__(self, lowering: FunctionLowering) -> None:
-        self.lowering = lowering
-        self.function: relax.Function | None = None
-
-    def __enter__(self) -> _Body:
-        self._function = self.lowering.builder.function(self.lowering.name)
-        self._function.__enter__()
-        self._dataflow = self.lowering.builder.dataflow()
-        self._dataflow.__enter__()
-        return self
-
-    def finish(self, outputs: Sequence[Value], symbols: Sequence[Expr] = ()) -> None:
-        """Return ``outputs``. Extra parameters: the sizes in ``symbols`` (if any), then the weights."""
-        self.close(self.lowering.results(outputs), symbols)
-
-    def close(self, results: Sequence[Expr], symbols: Sequence[Expr] = ()) -> None:
-        """As :meth:`finish`, for Relax expressions that are returned as they are."""
-        lowering, builder = self.lowering, self.lowering.builder
-        result = builder.emit_output(relax.Tuple(list(results)))
-        self._dataflow.__exit__(None, None, None)
-        sizes = [relax.Var("sizes", relax.ShapeType(list(symbols)))] if symbols else []
-        builder.emit_func_output(result, params=[*lowering._arguments, *sizes, lowering._params_var])
-        self._function.__exit__(None, None, None)
-        self.function = builder.get()[lowering.name]
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if kind is not None:
-            self._dataflow.__exit__(kind, error, trace)
-            self.lowering.builder._end_block()
-            self._function.__exit__(kind, error, trace)
-
-
-def _reindexed(tensor: Tensor, extents: Sequence[Expr]) -> Map:
-    """A lazy reshape. Axes are split and merged within the smallest groups of equal extent, with little division."""
-    groups = _matching_axes(extents, tensor.shape)
-
-    def body(*at: Expr) -> Expr:
-        indices: list[Expr] = []
-        for made, read in groups:
-            flat = simplify(flat_index(at[made], extents[made]))
-            indices.extend(split_index(flat, tensor.shape[read]))
-        return tensor[tuple(indices)]
-
-    return Map(extents, tensor.dtype, body, "reshape")
-
-
-def _matching_axes(left: Sequence[Expr], right: Sequence[Expr]) -> list[tuple[slice, slice]]:
-    """Runs of axes of two shapes of as many elements, outermost first, that have as many elements each."""
-    groups: list[tuple[slice, slice]] = []
-    i = j = 0
-    while i < len(left) and j < len(right):
-        end_i, end_j = i + 1, j + 1
-        a, b = left[i], right[j]
-        while not same(a, b) and isinstance(a, tirx.IntImm) and isinstance(b, tirx.IntImm):
-            if int(a.value) < int(b.value) and end_i < len(left):
-                a, end_i = simplify(a * left[end_i]), end_i + 1
-            elif int(a.value) > int(b.value) and end_j < len(right):
-                b, end_j = simplify(b * right[end_j]), end_j + 1
-            else:
-                break
-        if not same(a, b):
-            break
-        groups.append((slice(i, end_i), slice(j, end_j)))
-        i, j = end_i, end_j
-    if i < len(left) or j < len(right):
-        groups.append((slice(i, len(left)), slice(j, len(right))))
-    return groups
