@@ -37,7 +37,7 @@ from mmopt.lowering.program import ProgramBuilder
 
 SCHEMA_VERSION = 1
 TARGETS = ("cuda-sm80", "cuda-sm90")
-TEMPLATES = ("tensor_product", "tensor_convolution", "tensor_attention")
+TEMPLATES = ("tensor_product", "dequantized_product", "tensor_convolution", "tensor_attention")
 """Templates that multiply on tensor cores."""
 
 

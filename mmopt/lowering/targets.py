@@ -13,6 +13,7 @@ from mmopt.backends.profile import Profile
 
 if TYPE_CHECKING:
     from mmopt.backends.cpu.kernels.attention import Rules
+    from mmopt.backends.cpu.kernels.recurrent import Recurrence
     from mmopt.lowering.ops.conv import Geometry
     from mmopt.lowering.registry import OpNode
     from mmopt.lowering.values import Value
@@ -22,7 +23,15 @@ LibraryBuilder = Callable[[tvm.IRModule, Profile, Sequence[str]], Library]
 
 
 class Templates(Protocol):
-    """Kernels for the operators that take most of the time. All other lowerings are the same for every target."""
+    """Kernels for the operators that take most of the time. All other lowerings are the same for every target.
+
+    Attributes:
+        recurrence: The template of LSTM, GRU and RNN.
+        lanes: Hidden units that it takes together.
+    """
+
+    recurrence: type[Recurrence]
+    lanes: int
 
     def product(self, node: OpNode, a: Value, b: Value) -> Value:
         """``a @ b`` of two operands of at least two axes each."""

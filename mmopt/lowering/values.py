@@ -149,6 +149,7 @@ class Value:
         bits: For integers of less than a byte, how many bits of the byte count.
         blocked: The same data as ``[N, C/B, *space, B]``, where a convolution made it in that layout.
         narrow: The narrower floats this value was widened from, of the same shape.
+        rounded: The wider floats this value was rounded from, of the same shape.
         quantized: The integers this value was dequantized from, of the same shape.
         widened: For a constant that was dequantized at compile time: from what. The artifact stores that.
         elements: For small integer and boolean tensors: every element as an expression of symbolic sizes.
@@ -169,6 +170,7 @@ class Value:
         self.blocked: Tensor | None = None
         self.bits: int | None = None
         self.narrow: Value | None = None
+        self.rounded: Value | None = None
         self.quantized: Quantized | None = None
         self.widened: Widened | None = None
         self._elements = elements

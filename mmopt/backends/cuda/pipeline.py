@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import struct
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,8 +33,9 @@ from mmopt.errors import BackendError
 from mmopt.runtime.artifact import Order
 
 _CPU, _CUDA = 1, 2  # DLPack's kinds of devices
+_BOUNDED = re.compile(r"__launch_bounds__\((\d+)\) (\w+)\(")
 _FIRST_KERNEL = 'extern "C" __global__'
-DEVICE_CODE = ("products.cuh", "attention.cuh")
+DEVICE_CODE = ("products.cuh", "attention.cuh", "weights.cuh")
 """Files with functions that templates call, in the order in which they are included."""
 _PLACEHOLDER = b"mmopt: machine code goes here"
 
@@ -143,12 +145,21 @@ def _order(module: tvm.IRModule, steps: Sequence[Ordered]) -> Order:
 
 
 def with_device_code(source: str) -> str:
-    """Generated ``source`` with the functions it calls in front of its kernels."""
+    """Generated ``source`` with the functions it calls in front of its kernels.
+
+    The compiler would rather spill a few registers of a template than keep blocks off a multiprocessor; it is told that
+    one will do.
+    """
     if "mmopt_" not in source:
         return source
     start = source.index(_FIRST_KERNEL)
     folder = pathlib.Path(__file__).parent / "kernels"
-    return source[:start] + "".join((folder / n).read_text(encoding="utf-8") for n in DEVICE_CODE) + source[start:]
+    code = "".join((folder / name).read_text(encoding="utf-8") for name in DEVICE_CODE)
+    first, *parts = re.split(_BOUNDED, source[start:])
+    bodies = list(zip(parts[::3], parts[1::3], parts[2::3], strict=True))
+    templates = {name for _, name, body in bodies if "mmopt_" in body}
+    written = [f"__launch_bounds__({n}{', 1' if name in templates else ''}) {name}({body}" for n, name, body in bodies]
+    return source[:start] + code + first + "".join(written)
 
 
 @contextlib.contextmanager

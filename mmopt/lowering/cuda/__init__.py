@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from mmopt.backends.cpu.kernels.attention import Rules
+from mmopt.backends.cpu.kernels.recurrent import Recurrence
+from mmopt.backends.cuda.kernels.recurrence import CudaRecurrence
+from mmopt.backends.cuda.threads import WARP
 from mmopt.backends.profile import Profile
 from mmopt.lowering.cuda.attention import tensor_attention
 from mmopt.lowering.cuda.convolutions import tensor_convolution
@@ -16,6 +19,9 @@ from mmopt.lowering.values import NotLowered, Value
 
 class CudaTemplates:
     """See :class:`mmopt.lowering.targets.Templates`."""
+
+    recurrence: type[Recurrence] = CudaRecurrence
+    lanes: int = WARP
 
     def __init__(self, profile: Profile) -> None:
         self.profile = profile

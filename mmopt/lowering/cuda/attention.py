@@ -10,7 +10,7 @@ from mmopt.backends.cpu.loops import i64, static
 from mmopt.backends.cuda.kernels.attention import MASKS, Heads, TensorAttention, cut_of, repeated
 from mmopt.backends.cuda.kernels.operand import Operand
 from mmopt.backends.cuda.kernels.product import OLDEST
-from mmopt.lowering.cuda.products import stored_operand
+from mmopt.lowering.cuda.operands import stored_operand
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import NotLowered, Value
 

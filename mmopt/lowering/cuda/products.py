@@ -9,10 +9,12 @@ from tvm.ir import Expr
 
 from mmopt.backends.compute import Map, Tensor, index
 from mmopt.backends.cpu.choosing import dim
-from mmopt.backends.cpu.loops import i64, product, static
-from mmopt.backends.cuda.kernels.operand import CHUNK, Operand
+from mmopt.backends.cpu.loops import product, static
+from mmopt.backends.cuda.kernels.operand import Operand
 from mmopt.backends.cuda.kernels.product import OLDEST, TensorProduct, choose_tile
-from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.expressions import simplify
+from mmopt.lowering.cuda.operands import batched_operand, in_memory, turned
+from mmopt.lowering.cuda.weights import FLOATS, few_rows, float_rows, weight_only_product
 from mmopt.lowering.ops.elementwise import broadcast_shape
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import Quantized, Value
@@ -47,10 +49,11 @@ def tensor_product(node: OpNode, a: Value, b: Value) -> Value | None:
     """
     sm = node.context.program.profile.sm
     quantized = a.quantized, b.quantized
+    made = None
     if quantized[0] is not None and quantized[1] is not None:
         made = _quantized(node, quantized[0], quantized[1], sm)
-        if made is not None:
-            return made
+    if (made := made or weight_only_product(node, a, b)) is not None:
+        return made
     pair = _Pair(a, b)
     if a.narrow is not None and b.narrow is not None and _Pair(a.narrow, b.narrow).fits(sm):
         pair = _Pair(a.narrow, b.narrow)
@@ -65,64 +68,25 @@ def tensor_product(node: OpNode, a: Value, b: Value) -> Value | None:
 def _total(node: OpNode, a: Value, b: Value) -> Tensor:
     """Sums of products, in float32 or int32."""
     context = node.context
-    flat = b.ndim == 2 and _in_memory(node, a)
+    flat = b.ndim == 2 and in_memory(node, a)
     rows = simplify(product(a.shape[:-1])) if flat else a.shape[-2]
     batch = () if flat else broadcast_shape([a.shape[:-2], b.shape[:-2]])
-    left = _operand(node, context.reshape(a, (rows, a.shape[-1])) if flat else a, batch)
-    right = _packed(node, b) if b.constant is not None and b.ndim == 2 else _turned(_operand(node, b, batch))
+    left = batched_operand(node, context.reshape(a, (rows, a.shape[-1])) if flat else a, batch)
+    if b.constant is not None and b.ndim == 2:
+        weights = float_rows(node, b)
+        made = few_rows(node, left, weights, a.shape, b.constant.shape[1]) if flat and a.dtype in FLOATS else None
+        if made is not None:
+            return made
+        right = Operand.of(weights.data)
+        assert right is not None
+    else:
+        right = turned(batched_operand(node, b, batch))
     sizes = rows, b.shape[-1], a.shape[-1]
     multiprocessors = context.program.profile.cores
     extents = dim(rows), dim(b.shape[-1]), dim(simplify(product(batch)))
     tile = choose_tile(*extents, multiprocessors, a.dtype)
     shape = a.shape[:-1] if flat else None
     return TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=shape).output
-
-
-def _in_memory(node: OpNode, a: Value) -> bool:
-    """Whether ``a`` is stored, or has to be before it can be multiplied."""
-    return not a.pending or Operand.of(node.context.tensor(a)) is None
-
-
-def _operand(node: OpNode, value: Value, batch: tuple[Expr, ...]) -> Operand:
-    """``value`` for a product with axes ``batch``: those it has one index of are repeated."""
-    found = stored_operand(node, value)
-    missing = len(batch) + 2 - value.ndim
-    steps = list(found.strides)
-    for axis in range(value.ndim - 2):
-        if static(value.shape[axis]) == 1 and static(batch[axis + missing]) != 1:
-            steps[axis] = i64(0)
-    return dataclasses.replace(found, strides=tuple(steps))
-
-
-def stored_operand(node: OpNode, value: Value) -> Operand:
-    """``value`` where it is, or stored first when it is still a computation."""
-    found = Operand.of(node.context.tensor(value))
-    if found is None:
-        node.context.realize([value], "operand")
-        found = Operand.of(node.context.dense(value))
-    assert found is not None
-    return found
-
-
-def _turned(operand: Operand) -> Operand:
-    """``[..., K, N]`` with the summed axis last."""
-    *outer, k, n = operand.strides
-    return dataclasses.replace(operand, strides=(*outer, n, k))
-
-
-def _packed(node: OpNode, b: Value) -> Operand:
-    """A constant ``[K, N]`` as ``[N, K]``, with zeros behind each row up to whole chunks."""
-    assert b.constant is not None
-    each = CHUNK // itemsize(b.dtype)
-
-    def pack(weight: np.ndarray) -> np.ndarray:
-        rows = np.zeros((weight.shape[1], -(-weight.shape[0] // each) * each), weight.dtype)
-        rows[:, : weight.shape[0]] = weight.T
-        return rows
-
-    found = Operand.of(node.context.program.packed(b, ("rows", each), pack))
-    assert found is not None
-    return found
 
 
 # -- integers ----------------------------------------------------------------------------------------------------

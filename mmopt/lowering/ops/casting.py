@@ -55,6 +55,8 @@ def converted(node: OpNode, value: Value, dtype: str) -> Value:
     made = elementwise(node, [value], lambda x: cast_expr(x, dtype), dtype, "cast")
     if value.dtype in HALF_DTYPES and dtype == "float32":
         made.narrow = value
+    if value.dtype == "float32" and dtype in HALF_DTYPES:
+        made.rounded = value
     return made
 
 

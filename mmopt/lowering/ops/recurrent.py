@@ -107,7 +107,9 @@ class _Layer:
         if directions is None or not hidden:
             raise NotLowered("number of directions or hidden units is not known")
         self.directions, self.hidden = directions, hidden
-        self.lanes = lanes_of(node.context.program.profile, x.dtype)
+        templates = node.context.program.templates
+        self.nest = Recurrence if templates is None else templates.recurrence
+        self.lanes = lanes_of(node.context.program.profile, x.dtype) if templates is None else templates.lanes
         self.panels = -(-hidden // self.lanes)
         direction = node.attr("direction", "forward")
         self.backward = {"forward": [False], "reverse": [True]}.get(direction, [False, True])
@@ -244,8 +246,10 @@ class _Layer:
         shape = [index(n) for n in (self.directions, self.panels, groups, self.hidden, width)]
         return context.dense(Value(Map(shape, self.r.dtype, body, "arrange")))
 
-    def _choose(self, cell: Cell) -> tuple[Workload, Candidate]:
-        """The register tile of a step's product."""
+    def _choose(self, cell: Cell) -> tuple[Workload | None, Candidate]:
+        """The register tile of a step's product; other targets than a CPU take all gates together."""
+        if self.nest is not Recurrence:
+            return None, Candidate({"rows": 1, "vectors": cell.gates}, 0.0)
         steps, batch = dim(self.x.shape[0]), dim(self.x.shape[1])
         gates = cell.gates + cell.late
         dims = (("steps", steps), ("batch", batch), ("directions", self.directions), ("hidden", self.hidden))
@@ -262,10 +266,10 @@ class _Layer:
         lengths = None if self.lengths is None else self.node.context.dense(self.lengths)
         workload, best = self._choose(cell)
         late = list(range(cell.gates, cell.gates + cell.late))
-        nest = Recurrence(
+        nest = self.nest(
             x,
             self.recurrent(range(cell.gates), best.number("vectors")),
-            self.recurrent(late, 1) if late else None,
+            self.recurrent(late, len(late)) if late else None,
             h0=self.state(5),
             c0=c0,
             lengths=lengths,

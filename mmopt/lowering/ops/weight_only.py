@@ -26,8 +26,8 @@ from mmopt.lowering.values import Quantized, Value
 
 
 @dataclasses.dataclass(frozen=True)
-class _Parts:
-    """A quantized constant taken apart.
+class Parts:
+    """A quantized constant ``[K, N]`` taken apart.
 
     Attributes:
         q: ``[K, N]``: int8, or uint8 from 0 to 15 for four bits.
@@ -62,7 +62,7 @@ def weight_only_product(node: OpNode, a: Value, b: Quantized) -> Value | None:
         float32 ``[..., M, N]``; ``None`` when there is no kernel for these operands.
     """
     profile = node.context.program.profile
-    parts = _taken_apart(b)
+    parts = taken_apart(b)
     if parts is None or profile.kind != "cpu" or profile.vector_bytes < 32:
         return None
     depth = parts.q.shape[0]
@@ -86,7 +86,8 @@ def weight_only_product(node: OpNode, a: Value, b: Quantized) -> Value | None:
     return Value(Map(total.shape, "float32", body, "scaled"), name=node.name)
 
 
-def _taken_apart(b: Quantized) -> _Parts | None:
+def taken_apart(b: Quantized) -> Parts | None:
+    """Numbers, scales and zero points of a constant ``[K, N]``; None when they are not known or of other kinds."""
     data, scale = b.value.constant, b.scale.constant
     if data is None or scale is None or scale.dtype != np.float32 or str(data.dtype) not in ("int8", "uint8"):
         return None
@@ -107,13 +108,13 @@ def _taken_apart(b: Quantized) -> _Parts | None:
     biased = 8 if data.dtype == np.int8 and bits == 4 else 0
     zero = np.broadcast_to(zero.astype(np.int32) - moved + biased, (len(scale), columns))
     q = (data.astype(np.int16) - moved + biased).astype(np.uint8 if bits == 4 else np.int8)
-    return _Parts(q, np.broadcast_to(scale, (len(scale), columns)), zero, bits, group)
+    return Parts(q, np.broadcast_to(scale, (len(scale), columns)), zero, bits, group)
 
 
 class _Product:
     """Builds the kernel of one product."""
 
-    def __init__(self, node: OpNode, a: Value, b: Quantized, parts: _Parts, weights: Weights) -> None:
+    def __init__(self, node: OpNode, a: Value, b: Quantized, parts: Parts, weights: Weights) -> None:
         self.node, self.a, self.b, self.parts, self.weights = node, a, b, parts, weights
 
     def total(self) -> Tensor:

@@ -207,7 +207,7 @@ class Recurrence(LoopNest):
         def piece(flat: Expr) -> Stmt:
             first = simplify(tirx.floormod(flat, blocks) * size)
             count = size if even else tirx.min(size, self.batch - first)
-            runs = [_Run(self, sinks, d, first, count, room) for d in range(directions)]
+            runs = [Run(self, sinks, d, first, count, room) for d in range(directions)]
             made = [run.whole() for run in runs]
             return made[0] if len(made) == 1 else when(tirx.floordiv(flat, blocks).equal(i64(0)), made[0], made[1])
 
@@ -216,9 +216,9 @@ class Recurrence(LoopNest):
     def _by_panel(self, sinks: Sequence[Sink]) -> Stmt:
         """All threads go through the steps together, each with its share of the panels."""
         room = static(self.batch) or BLOCK
-        runs = [_Run(self, sinks, d, i64(0), self.batch, room) for d in range(len(self.backward))]
+        runs = [Run(self, sinks, d, i64(0), self.batch, room) for d in range(len(self.backward))]
 
-        def divided(product: Callable[[_Run, Expr], Stmt]) -> Stmt:
+        def divided(product: Callable[[Run, Expr], Stmt]) -> Stmt:
             def share(flat: Expr) -> Stmt:
                 made = [product(run, tirx.floormod(flat, i64(self.panels))) for run in runs]
                 return made[0] if len(made) == 1 else when(flat < self.panels, made[0], made[1])
@@ -233,7 +233,7 @@ class Recurrence(LoopNest):
         return seq(*before, team(loop(self.steps, step, name="t")), *(run.end() for run in runs))
 
 
-class _Run:
+class Run:
     """One direction for one block of the batch.
 
     Args:
@@ -293,22 +293,26 @@ class _Run:
         return loops([self.count, i64(nest.panels)], panel, "s")
 
     def end(self) -> Stmt:
-        """Last states; zeros for a sequence without steps, as onnxruntime has it (the standard leaves it open)."""
+        """Last states of all rows."""
+        return loops([self.count], lambda i: self._lanes(lambda u: self.last(i, u)), "e")
+
+    def last(self, i: Expr, u: Expr) -> Stmt:
+        """Last states of a unit.
+
+        Zeros for a sequence without steps, as onnxruntime has it (the standard leaves it open).
+        """
         nest = self.nest
         parity = tirx.floormod(nest.steps, i64(2))
 
-        def given(i: Expr, value: Expr) -> Expr:
+        def given(value: Expr) -> Expr:
             if nest.lengths is None:
                 return value
             length = nest.lengths[(self.first + i,)]
             return tirx.Select(length > tirx.const(0, nest.lengths.dtype), value, tirx.const(0, nest.y.dtype))
 
-        def unit(i: Expr, u: Expr) -> Stmt:
-            at = (i64(self.direction), self.first + i, u)
-            done = self.sinks[1](at, given(i, self.h[parity, i, u]))
-            return seq(done, None if self.c is None else self.sinks[2](at, given(i, self.c[i, u])))
-
-        return loops([self.count], lambda i: self._lanes(lambda u: unit(i, u)), "e")
+        at = (i64(self.direction), self.first + i, u)
+        done = self.sinks[1](at, given(self.h[parity, i, u]))
+        return seq(done, None if self.c is None else self.sinks[2](at, given(self.c[i, u])))
 
     def _lanes(self, body: Callable[[Expr], Stmt]) -> Stmt:
         """``body`` for every hidden unit, in vectors."""
@@ -361,7 +365,7 @@ class _Run:
 
         def finish(i: Expr, used: int) -> Stmt:
             def lane(v: Expr) -> Stmt:
-                return self._unit(t, panel, i, v, [products[i, g * lanes + v] for g in range(gates)], update)
+                return self.unit(t, panel, i, v, [products[i, g * lanes + v] for g in range(gates)], update)
 
             return seq(self._fetch_inputs(t, panel, i), loop(used, lane, "vectorized", "v"))
 
@@ -407,7 +411,7 @@ class _Run:
             parts.append(when(tirx.floormod(self.count, i64(2 * height)) >= height, tile(first, height)))
         return seq(*parts)
 
-    def _unit(
+    def unit(
         self,
         t: Expr,
         panel: Expr,
