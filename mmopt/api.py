@@ -252,15 +252,11 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
     if precision == "fp32":
         return ()
     if precision == "int8":
-        from mmopt.transforms.quantize import QuantizeStatic, QuantizeWeights
+        from mmopt.transforms.quantize import QuantizeStatic
 
         if any(isinstance(pass_, QuantizeStatic) for phase in recipe.phases for pass_ in phase.passes):
             return ()
-        narrow = (NarrowFloats(kinds=("Attention",)),) if target and _multiplies_bf16(target) else ()
-        # Layers whose result leaves the model read floats, but their weights are as large as others'.
-        stored = (QuantizeWeights(logits=True),) if target else ()
-        # First bfloat16: behind a quantization, its error is judged by steps that happen to be taken otherwise.
-        return (*narrow, QuantizeStatic(portable=not target, balance=True), *stored)
+        return _integers(target) if target else _integers_for_others()
     if precision in NARROW:
         pass_ = NarrowFloats(format=precision)  # type: ignore[arg-type]
         return () if any(pass_ in phase.passes for phase in recipe.phases) else (pass_,)
@@ -270,6 +266,25 @@ def _rounding(recipe: Recipe, precision: str, target: str) -> tuple[Pass, ...]:
         f"no pass here brings the precision {precision!r}",
         hint="fp32, bf16, fp16 and int8 work by themselves; others need a recipe that brings them",
     )
+
+
+def _integers(target: str) -> tuple[Pass, ...]:
+    """W8A8 for the kernels of a target."""
+    from mmopt.transforms.precision import NarrowFloats
+    from mmopt.transforms.quantize import QuantizeStatic, QuantizeWeights
+
+    narrow = (NarrowFloats(kinds=("Attention",)),) if _multiplies_bf16(target) else ()
+    # First bfloat16: behind a quantization, its error is judged by steps that happen to be taken otherwise.
+    # Layers whose result leaves the model read floats, but their weights are as large as others'.
+    return (*narrow, QuantizeStatic(balance=True), QuantizeWeights(logits=True))
+
+
+def _integers_for_others() -> tuple[Pass, ...]:
+    """W8A8 for runtimes that read ONNX, with what they compute in integers where they look for it."""
+    from mmopt.transforms.quantize import QuantizeAttention, QuantizeStatic, SeparateProjections
+
+    static = QuantizeStatic(balance=True, portable=True, logits=True)
+    return (SeparateProjections(), static, QuantizeAttention())
 
 
 def _multiplies_bf16(target: str) -> bool:
@@ -314,7 +329,7 @@ def compile(
         module: What to compile.
         output: Folder to write, or one zip when the name ends in ``.zip``.
         target: Name or file of the target profile.
-        multi_isa: Compile for the instruction-set levels below the target as well; loading takes the best that runs.
+        multi_isa: Compile for levels (instruction sets, GPUs) below the target too; loading takes the best that runs.
         tuning: Choose the parameters of kernels by measuring (level 3); by prediction when None.
         entries: Entry points besides ``main``; when None, the towers and the fusion of a model that can be cut.
         reference: What the artifact has to agree with, for example the module before :func:`optimize`; ``module``

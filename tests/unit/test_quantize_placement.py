@@ -78,7 +78,7 @@ class TestAttention:
     def test_by_target(self, target: str, narrow: bool) -> None:
         recipe = choose_recipe(2, "int8", target=target)
         passes = [pass_ for phase in recipe.phases for pass_ in phase.passes]
-        static = QuantizeStatic(portable=not target, balance=True)
+        static = QuantizeStatic(portable=not target, balance=True, logits=not target)
         assert static in passes
         assert (NarrowFloats(kinds=("Attention",)) in passes) == narrow
         assert (QuantizeWeights(logits=True) in passes) == bool(target)

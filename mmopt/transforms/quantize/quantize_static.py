@@ -52,7 +52,7 @@ class QuantizeStatic(Pass):
         exclude: Patterns of names of nodes to leave alone.
         logits: Whether layers whose result leaves the model are quantized too.
         portable: Whether to put pairs where other runtimes look for them: biases as int32, integers on both sides of
-            sums beside convolutions.
+            sums beside convolutions, and no zero points in what convolutions read.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -93,7 +93,8 @@ class QuantizeStatic(Pass):
         quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
         for value, group in chosen.items():
-            encoding = self._encoding(calibration.tensors.get(str(value.name)))
+            signed = self.portable and any(is_onnx(layer.node, "Conv") for layer in group)
+            encoding = self._encoding(calibration.tensors.get(str(value.name)), signed=signed)
             if encoding is None:
                 for layer in group:
                     message = f"{layer.node.op_type} stays in float: no statistics of {value.name!r} in the calibration"
@@ -155,12 +156,15 @@ class QuantizeStatic(Pass):
             if encoding is not None:
                 quantizer.activation(value, encoding, [node])
 
-    def _encoding(self, statistics: TensorStatistics | None) -> Encoding | None:
+    def _encoding(self, statistics: TensorStatistics | None, *, signed: bool = False) -> Encoding | None:
+        """How to quantize a tensor; ``signed``: without a zero point, where it has numbers of both signs."""
         if statistics is None or not statistics.count:
             return None
         method = self.method if statistics.histogram.counts.any() else "minmax"
         low, high = choose_range(statistics, method, bits=self.activation_bits)
-        return encode(np.array(low), np.array(high), _DTYPES[self.activation_bits], symmetric=False)
+        signed = signed and low < 0 and self.activation_bits == 8
+        dtype = ir.DataType.INT8 if signed else _DTYPES[self.activation_bits]
+        return encode(np.array(low), np.array(high), dtype, symmetric=signed)
 
 
 def balance(module: Module, context: PassContext, calibration: Calibration) -> None:
