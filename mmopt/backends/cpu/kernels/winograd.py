@@ -23,11 +23,11 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor, index
 from mmopt.backends.cpu.kernels.conv import kind_for, spread
-from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
+from mmopt.backends.cpu.kernels.tile import LINE, RegisterTile, spans
 from mmopt.backends.cpu.kernels.winograd_cut import Cut
 from mmopt.backends.cpu.kernels.winograd_transform import TAPS, Vectors, matrices
 from mmopt.backends.cpu.loops import i64, loop, loops, product, seq, split_index, static, when
-from mmopt.backends.expressions import simplify
+from mmopt.backends.expressions import itemsize, simplify
 
 STEPS = 4
 """Input channels in one round of the inner loop."""
@@ -216,6 +216,7 @@ class _Chunk:
         tile = RegisterTile(nest.x.dtype, cut.rows, used, cut.lanes, steps=STEPS)
         first, filters = number * cut.rows, nest.filters
         depth = filters.shape[2:4]
+        apart = max(1, LINE // (cut.lanes * itemsize(nest.x.dtype)))
 
         def a(i: Expr, c: Expr, k: Expr) -> Expr:
             return self.inputs[self.slot, point, c, first + i, k]
@@ -227,10 +228,10 @@ class _Chunk:
             return tirx.BufferStore(sums, value, [point, first + i, n * cut.lanes + v])
 
         def ahead(c: Expr, k: Expr) -> Stmt:
-            lines = STEPS * cut.vectors
+            lines = -(-STEPS * cut.vectors // apart)
 
             def element(n: Expr) -> Expr:
-                step, vector = split_index(n, (i64(STEPS), i64(cut.vectors)))
+                step, vector = split_index(n * apart, (i64(STEPS), i64(cut.vectors)))
                 return filters[(panel, point + 1, c, k * STEPS + step, vector * cut.lanes)]
 
             return seq(*spread(lines, tall, tirx.floormod(number, i64(lines)), element))
