@@ -77,3 +77,57 @@ def test_stays(change: dict[str, str], reason: str) -> None:
 def test_merges_without_bias() -> None:
     module, _ = raise_and_check(MergeProjections(), _model())
     assert count_ops(module) == {"MatMul": 1, "Split": 1, "Attention": 1}
+
+
+GATED_MODEL = """
+g (float[2, 5, 8] x) => (float[2, 5, 6] y{result})
+<float[8, 6] a = {{{ones}}}, float[8, 6] b = {{{twos}}}, float[6] c = {{0, 1, 2, 3, 4, 5}}, float f = {{1.702}}>
+{{ z = Relu(x) g0 = MatMul(x, a) g = Add(g0, c) u = MatMul({source}, {weight}) {gate} y = Mul({order}) }}
+"""
+
+
+def _gated(gate: str, order: str = "h, u", weight: str = "b", source: str = "x", result: str = "") -> Module:
+    rows = {name: ", ".join(f"{(n * k) % 7 - 3}" for n in range(48)) for name, k in (("ones", 3), ("twos", 5))}
+    text = GATED_MODEL.format(**rows, gate=gate, order=order, weight=weight, source=source, result=result)
+    return module_from(text, opset=23)
+
+
+GATES = {
+    "GLU": "h = Sigmoid(g)",
+    "GEGLU": "h = Gelu(g)",
+    "ReGLU": "h = Relu(g)",
+    "SwiGLU": "s = Sigmoid(g) h = Mul(g, s)",
+    "SwiGLU with a factor": "k = Mul(g, f) s = Sigmoid(k) h = Mul(s, g)",
+    "bilinear": "h = Identity(g)",
+}
+
+
+@pytest.mark.parametrize("gate", list(GATES))
+@pytest.mark.parametrize("order", ["h, u", "u, h"])
+def test_gated_layers(gate: str, order: str) -> None:
+    module, missed = raise_and_check(MergeProjections(gated=True), _gated(GATES[gate], order))
+    assert count_ops(module)["MatMul"] == 1, missed
+    assert count_ops(module)["Split"] == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"weight": "a"},
+        {"source": "z"},
+        {"result": ", float[2, 5, 6] u"},
+        {"order": "h, g"},
+        {"gate": "h = Sub(g, u)"},
+    ],
+    ids=["one weight", "other inputs", "an output", "one projection", "not one function of the gate"],
+)
+def test_gated_layers_that_stay(change: dict[str, str]) -> None:
+    arguments = {"gate": GATES["GEGLU"], **change}
+    module, _ = raise_and_check(MergeProjections(gated=True), _gated(**arguments))
+    assert count_ops(module)["MatMul"] >= 1
+    assert "Split" not in count_ops(module)
+
+
+def test_gated_layers_stay_unless_asked_for() -> None:
+    module, _ = raise_and_check(MergeProjections(), _gated(GATES["GEGLU"]))
+    assert count_ops(module)["MatMul"] == 2

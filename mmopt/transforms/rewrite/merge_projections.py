@@ -6,6 +6,13 @@
 One product over wide weights keeps the cores busier than three over narrow ones, and reads its input once. The parts
 cost nothing where attention reads them in place, so only projections of one attention are merged. Weights that
 something else needs too are left alone: merged they would be stored twice.
+
+With the option ``gated``, so do the two projections of a gated layer (SwiGLU, GEGLU):
+
+    act(x Wg + bg) · (x Wu + bu)
+    →    [g u] = x [Wg Wu] + [bg bu], split along the last axis; act(g) · u
+
+It is off: apart, the second product takes activation and product in as it is written; merged, both parts are read anew.
 """
 
 from __future__ import annotations
@@ -24,6 +31,20 @@ from mmopt.pipeline.base import Fidelity, PassContext
 from mmopt.transforms.canonicalize.editing import Array, is_onnx, new_initializer, tensor_of
 from mmopt.transforms.canonicalize.eliminate_dead_code import EliminateDeadCode
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass
+
+_ACTIVATIONS = (
+    "Elu",
+    "Gelu",
+    "HardSigmoid",
+    "HardSwish",
+    "Mish",
+    "Relu",
+    "Selu",
+    "Sigmoid",
+    "Softplus",
+    "Swish",
+    "Tanh",
+)
 
 _MOST = 1 << 26
 """Weights with more elements in sum than this are not copied."""
@@ -54,10 +75,42 @@ def _merge(node: ir.Node, rewriter: Rewriter) -> bool:
     members = _with_common_input([projection for projection in found if projection is not None])
     if len(members) < 2:
         return False
-    reason = _objection(members, node, rewriter)
+    reason = _objection(members, rewriter) or _needed_elsewhere(members, node)
     if reason:
         return rewriter.miss(node, f"merging projections: {reason}.")
     return _emit(members, rewriter)
+
+
+def _merge_gated(node: ir.Node, rewriter: Rewriter) -> bool:
+    """From the product of the two halves."""
+    if rewriter.opset(node) < 18 or node.inputs[0] is node.inputs[1]:
+        return False
+    sides = [_behind_activation(value, rewriter) for value in node.inputs]
+    members = [side for side in sides if side is not None]
+    if len(members) < 2 or members[0].x is not members[1].x or rewriter.shape(members[0].result) is None:
+        return False
+    if not rewriter.same_shape(members[0].result, members[1].result):
+        return False
+    reason = _objection(members, rewriter)
+    if reason or any(member.result.is_graph_output() for member in members):
+        return rewriter.miss(node, f"merging gate and value: {reason or 'one of them is an output'}.")
+    return _emit(members, rewriter)
+
+
+def _behind_activation(value: ir.Value | None, rewriter: Rewriter) -> _Projection | None:
+    """The one projection of which ``value`` is a function, element by element."""
+    found = _projection(value, rewriter)
+    node = None if value is None else value.producer()
+    if found is not None or node is None:
+        return found
+    if is_onnx(node, *_ACTIVATIONS):
+        return _behind_activation(node.inputs[0], rewriter)
+    if not is_onnx(node, "Mul"):
+        return None
+    # x · sigmoid(a x): the numbers among the operands are part of the activation, the rest must be one projection.
+    inner = [_behind_activation(operand, rewriter) for operand in node.inputs if tensor_of(operand) is None]
+    same = inner and all(one is not None and inner[0] is not None and one.result is inner[0].result for one in inner)
+    return inner[0] if same else None
 
 
 def _projection(value: ir.Value | None, rewriter: Rewriter) -> _Projection | None:
@@ -88,11 +141,16 @@ def _with_common_input(found: Sequence[_Projection]) -> list[_Projection]:
     return [projection for projection in found if projection.x is found[-1].x] if found else []
 
 
-def _objection(members: Sequence[_Projection], node: ir.Node, rewriter: Rewriter) -> str:
-    weights = [projection.weight for projection in members]
+def _needed_elsewhere(members: Sequence[_Projection], node: ir.Node) -> str:
     for projection in members:
         if {user for user, _ in projection.result.uses()} != {node} or projection.result.is_graph_output():
             return f"{projection.result.name} is needed elsewhere too"
+    return ""
+
+
+def _objection(members: Sequence[_Projection], rewriter: Rewriter) -> str:
+    weights = [projection.weight for projection in members]
+    for projection in members:
         if len(projection.weight.uses()) > 1 or weights.count(projection.weight) > 1:
             return f"the weights {projection.weight.name} are needed elsewhere too"
     tensors = [tensor_of(weight) for weight in weights]
@@ -173,17 +231,24 @@ def _typed(
 
 
 RULES = (Rule("merge-projections", ("Attention",), _merge),)
+GATED = (Rule("merge-gated", ("Mul",), _merge_gated),)
 
 
 @dataclasses.dataclass(frozen=True)
 class MergeProjections(RulePass):
-    """Merges projections of one attention that read the same input."""
+    """Merges projections of one attention that read the same input.
+
+    Attributes:
+        gated: Also merge the two projections of a gated layer.
+    """
 
     fidelity = Fidelity.ROUNDING
 
+    gated: bool = False
+
     def rules(self) -> tuple[Rule, ...]:
         """The rules of this module."""
-        return RULES
+        return (*RULES, *GATED) if self.gated else RULES
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Merge, and drop the products that were merged."""
