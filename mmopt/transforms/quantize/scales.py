@@ -71,8 +71,11 @@ def after_attention(module: Module) -> Iterator[tuple[ir.Value, Layer]]:
 
 
 def _projection(value: ir.Value | None, found: Mapping[ir.Node, Layer]) -> Layer | None:
-    """The layer that makes ``value`` for one reader, through the last part of a Split and a bias."""
+    """The layer that makes ``value`` for one reader, through casts, the last part of a Split and a bias."""
     producer = None if value is None else value.producer()
+    while producer is not None and is_onnx(producer, "Cast") and value is not None and len(value.uses()) == 1:
+        value = producer.inputs[0]
+        producer = None if value is None else value.producer()
     alone = producer is not None and value is not None and len(value.uses()) == 1
     if alone and is_onnx(producer, "Split") and producer.outputs[-1] is value:  # type: ignore[arg-type, union-attr]
         value = producer.inputs[0]  # type: ignore[union-attr]
