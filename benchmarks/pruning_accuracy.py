@@ -1,4 +1,4 @@
-"""Accuracy after pruning, on networks trained on real data: beside other ways to choose, by speed-up, and by modality.
+"""Accuracy after pruning, on networks trained on real data: beside other ways to choose, and by speed-up.
 
 ``python -m benchmarks.pruning_accuracy FOLDER [--data ../shared/data] [--networks digits] [--parts choices,speed]``
 
@@ -8,20 +8,16 @@ FOLDER holds the networks of ``benchmarks.trained``, which are trained when miss
 (``pip install torch-pruning``); the same multiply-accumulates go, the same least-squares repair on the same unlabelled
 samples follows, and optionally the same distillation. Accuracy, and decisions as before: mean and range over seeds.
 *speed*: ``--prune-to`` by least squares alone and with distillation: measured time, accuracy, and how long it took.
-*modalities*: half of the three-modal network goes; accuracy with one modality alone, the others blank. *latency*:
-predicted against measured time of models cut by various shares, with a plot (``--plot FILE.svg``).
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -30,8 +26,9 @@ import numpy as np
 
 import mmopt
 from benchmarks.models import chosen
-from benchmarks.trained import NETWORKS, prepare
+from benchmarks.trained import NETWORKS, DigitData, prepare, sentences
 from mmopt.analysis.axes import find_groups
+from mmopt.api import predictor
 from mmopt.bench import machine
 from mmopt.errors import MmoptError, UserError
 from mmopt.ir.evaluate import ReferenceRunner
@@ -40,12 +37,10 @@ from mmopt.pipeline.base import PassContext
 from mmopt.pipeline.recipe import load_recipe
 from mmopt.pruning import share_for_speedup
 from mmopt.transforms.prune import PruneStructured, RepairLeastSquares, costs
-from mmopt.transforms.prune.modalities import Blanks
-from mmopt.transforms.prune.observing import batches_of
 from mmopt.transforms.prune.prune_structured import cut_units
 
 Arrays = dict[str, np.ndarray[Any, Any]]
-PARTS = ("choices", "speed", "modalities", "latency")
+PARTS = ("choices", "speed")
 SHARES = (0.5, 0.7)
 SEEDS = 3
 SAMPLES = 192
@@ -53,6 +48,9 @@ SAMPLES = 192
 
 EPOCHS = 6.0
 """Of distillation, where it is asked for."""
+
+UNLABELLED = 2048
+"""Samples of the training data, without their labels, that distillation learns from where speed is measured."""
 
 PASSES: dict[str, dict[str, Any]] = {
     "mmopt": {},
@@ -116,15 +114,27 @@ class Network:
         return 100 * float((self.decisions(module, change) == self.labels).mean())
 
 
-def repaired(network: Network, module: Module, samples: Arrays, seed: int, *, distilled: bool) -> Module:
-    """``module`` after the repair that all ways get."""
+def repaired(
+    network: Network, module: Module, samples: Arrays, seed: int, *, distilled: bool, more: Arrays | None = None
+) -> Module:
+    """``module`` after the repair that all ways get; distillation learns from ``more`` where it is given."""
     RepairLeastSquares().run(module, PassContext(inputs=samples, seed=seed))
     if not distilled:
         return module
     from mmopt.training import Distillation, distill
 
     settings = Distillation(epochs=EPOCHS, seed=seed, classes=("logits",), rate=3e-4)
-    return distill(module, network.module, samples, settings=settings).module
+    return distill(module, network.module, more or samples, settings=settings).module
+
+
+def unlabelled(network: Network, data: pathlib.Path) -> Arrays:
+    """Inputs of the training data; what is kept for calibration, of networks that come trained."""
+    if network.name == "digits":
+        return DigitData(data, test=False, seed=5).draw(UNLABELLED)[0]
+    if network.name == "polarity":
+        arrays, _, test = sentences(data)
+        return {name: array[~test][:UNLABELLED] for name, array in arrays.items()}
+    return network.calibration
 
 
 def by_pass(network: Network, samples: Arrays, seed: int, share: float, options: dict[str, Any]) -> Module:
@@ -157,6 +167,7 @@ def choices(network: Network, options: argparse.Namespace) -> list[dict[str, Any
     }
     for name, criterion in TORCH_PRUNING.items():
         ways[name] = lambda samples, seed, share, c=criterion: by_torch_pruning(network, samples, seed, share, c)
+    ways = {name: way for name, way in ways.items() if name in options.ways}
     rows = []
     before = network.decisions(network.module)
     print(f"\n{network.name}: {100 * (before == network.labels).mean():.2f} % before")
@@ -192,10 +203,11 @@ def speed(network: Network, options: argparse.Namespace) -> list[dict[str, Any]]
         found = share_for_speedup(
             mmopt.load(network.path), wanted, inputs=inputs, samples=network.calibration, validate="off"
         )
-        context = PassContext(inputs=network.calibration, predict=_predictor())
+        context = PassContext(inputs=network.calibration, predict=predictor("cpu"))
         module = network.module.clone()
         PruneStructured(share=f"{found.share:.4f}", measure="time").run(module, context)
-        module = repaired(network, module, network.calibration, 0, distilled=distilled)
+        more = unlabelled(network, options.data) if distilled else None
+        module = repaired(network, module, network.calibration, 0, distilled=distilled, more=more)
         seconds = time.perf_counter() - started
         row = {"network": network.name, "wanted": wanted, "distilled": distilled, "share": found.share}
         row |= {"speedup": found.speedup, "milliseconds": [1e3 * found.before, 1e3 * found.after]}
@@ -206,119 +218,6 @@ def speed(network: Network, options: argparse.Namespace) -> list[dict[str, Any]]
         accuracy = f"accuracy {before:.2f} → {row['accuracy'][1]:.2f} %"
         print(f"{network.name} {how:28} {found.speedup:.2f}× ({times}), {accuracy}, {seconds:.0f} s", flush=True)
     return rows
-
-
-def modalities(network: Network, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Accuracy with one modality alone, at half of the multiply-accumulates."""
-    blanks = Blanks(network.module, batches_of(network.module, network.calibration))
-    rows = []
-    for name, given in {"before": None, "mmopt": {}, "global magnitude": PASSES["global, L2"]}.items():
-        module = network.module
-        if given is not None:
-            module = by_pass(network, network.calibration, 0, 0.5, given)
-            module = repaired(network, module, network.calibration, 0, distilled=False)
-        alone = {tower: network.accuracy(module, lambda f, t=tower: blanks.alone(f, t)) for tower in blanks.towers}
-        rows.append({"network": network.name, "way": name, "all": network.accuracy(module), "alone": alone})
-        parts = ", ".join(f"{tower} {value:.1f}" for tower, value in alone.items())
-        print(f"{network.name} {name:18} all {rows[-1]['all']:.2f}; alone: {parts}", flush=True)
-    return rows
-
-
-def _predictor() -> Callable[[Module], float]:
-    from mmopt.backends.profile import load_profile
-    from mmopt.lowering.prediction import predicted_cycles
-
-    profile = load_profile("cpu")
-    return lambda module: predicted_cycles(module, profile)
-
-
-def latency(network: Network, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Predicted against measured time; the prediction is set right once, by the network as it is."""
-    from mmopt.transforms.prune.latency import latency as model_of
-
-    groups = [group for group in find_groups(network.module) if not group.frozen]
-    binding = costs.binding_of(network.module, network.calibration)
-    model = model_of(network.module, groups, costs.owners(network.module), _predictor(), binding)
-    inputs = {name: array[:1] for name, array in network.test.items()}
-    random = np.random.default_rng(0)
-    sizes = [{group.name: group.units for group in groups}]
-    for share in np.linspace(0.15, 0.75, options.points):
-        tilt = {group.name: float(np.clip(1 - share + random.uniform(-0.2, 0.2), 0.2, 1)) for group in groups}
-        step = {group.name: 16 if group.units >= 64 else 8 if group.units >= 32 else 1 for group in groups}
-        sizes.append({g.name: max(1, round(g.units * tilt[g.name] / step[g.name]) * step[g.name]) for g in groups})
-    modules = []
-    for one in sizes:
-        module = network.module.clone()
-        keep = {g.name: range(one[g.name]) for g in groups if one[g.name] < g.units}
-        if keep:
-            cut_units(module, find_groups(module), keep)
-        modules.append(mmopt.optimize(module, recipe=load_recipe("o2"), validate="off").module)
-    times = measured(modules, inputs)
-    factor = times[0] / model.total(sizes[0])
-    rows = [
-        {"network": network.name, "predicted": 1e3 * factor * model.total(one), "measured": 1e3 * spent}
-        for one, spent in zip(sizes, times, strict=True)
-    ]
-    off = [abs(row["predicted"] / row["measured"] - 1) for row in rows[1:]]
-    print(f"{network.name}: predicted times are off by {statistics.median(off):.1%} (median), {max(off):.1%} (most)")
-    return rows
-
-
-def measured(modules: Sequence[Module], inputs: Arrays) -> list[float]:
-    """Median seconds of a run of each, compiled, in turns."""
-    from mmopt.autotune.contest import TURNS, compiled, repeats_of, turn
-    from mmopt.backends.cpu.choosing import Chooser
-    from mmopt.backends.profile import load_profile
-
-    with contextlib.ExitStack() as stack:
-        folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmopt-latency-")))
-        sides = [
-            stack.enter_context(compiled(module, load_profile("cpu"), Chooser(), folder / f"{number}.mmopt", 2))
-            for number, module in enumerate(modules)
-        ]
-        repeats = [max(1, repeats_of(side, inputs) // 3) for side in sides]
-        times: list[list[float]] = [[] for _ in sides]
-        for _ in range(TURNS // 2):
-            for spent, side, count in zip(times, sides, repeats, strict=True):
-                spent.append(turn(side, inputs, count))
-    return [statistics.median(spent) for spent in times]
-
-
-def plot(rows: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-    """Predicted against measured, as SVG, with lines 15 % to either side."""
-    top = 1.05 * max(max(row["predicted"], row["measured"]) for row in rows)
-    size, edge = 420, 50
-
-    def x(value: float) -> float:
-        return round(edge + value / top * size, 1)
-
-    def y(value: float) -> float:
-        return round(edge / 2 + size - value / top * size, 1)
-
-    size_of = f'viewBox="0 0 {size + edge + 110} {size + edge + 25}" font-family="sans-serif" font-size="12"'
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size_of}>']
-    parts.append(f'<rect x="{edge}" y="{edge / 2}" width="{size}" height="{size}" fill="white" stroke="#999"/>')
-    for slope, dash in ((1.0, "none"), (0.85, "4"), (1.15, "4")):
-        end = top / max(slope, 1)
-        ends = f'x1="{x(0)}" y1="{y(0)}" x2="{x(end)}" y2="{y(end * slope)}"'
-        parts.append(f'<line {ends} stroke="#999" stroke-dasharray="{dash}"/>')
-    colors = dict(zip(dict.fromkeys(row["network"] for row in rows), ("#1f77b4", "#d62728", "#2ca02c"), strict=False))
-    for row in rows:
-        place = f'cx="{x(row["measured"])}" cy="{y(row["predicted"])}"'
-        parts.append(f'<circle {place} r="3.5" fill="{colors[row["network"]]}"/>')
-    for number, (name, color) in enumerate(colors.items()):
-        left, line = size + edge + 14, edge + 20 * number
-        parts.append(f'<circle cx="{left}" cy="{line - 4}" r="4" fill="{color}"/>')
-        parts.append(f'<text x="{left + 10}" y="{line}">{name}</text>')
-    for step in range(5):
-        value = top * step / 4
-        parts.append(f'<text x="{x(value)}" y="{size + edge / 2 + 16}" text-anchor="middle">{value:.2f}</text>')
-        parts.append(f'<text x="{edge - 6}" y="{y(value) + 4}" text-anchor="end">{value:.2f}</text>')
-    middle = edge / 2 + size / 2
-    parts.append(f'<text x="{edge + size / 2}" y="{size + edge + 10}" text-anchor="middle">measured, ms</text>')
-    turn = f'text-anchor="middle" transform="rotate(-90 12 {middle})"'
-    parts.append(f'<text x="12" y="{middle}" {turn}>predicted, ms</text>')
-    path.write_text("\n".join([*parts, "</svg>", ""]))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -335,13 +234,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", default="", metavar="NAMES", help="with commas; default: all")
     parser.add_argument("--parts", default="", metavar="NAMES", help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE", help="of MACs to cut")
+    ways = (*PASSES, *TORCH_PRUNING)
+    parser.add_argument("--ways", nargs="+", choices=ways, default=ways, metavar="WAY", help="; ".join(ways))
     parser.add_argument("--seeds", type=int, default=SEEDS, metavar="N")
-    parser.add_argument("--points", type=int, default=10, metavar="N", help="models to measure for latency")
     parser.add_argument("--distill", action="store_true", help="distillation after least squares, for all choices")
-    parser.add_argument("--plot", type=pathlib.Path, metavar="FILE.svg")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
-    functions = {"choices": choices, "speed": speed, "modalities": modalities, "latency": latency}
+    functions = {"choices": choices, "speed": speed}
     results: dict[str, Any] = {"schema_version": 1, "machine": machine.facts()}
     try:
         networks = []
@@ -353,8 +252,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    if options.plot is not None and "latency" in results:
-        plot(results["latency"], options.plot)
     if options.json is not None:
         options.json.write_text(json.dumps(results, indent=1))
     return 0
