@@ -27,6 +27,7 @@ from mmopt.transforms.canonicalize.editing import (
     new_initializer,
     new_node,
     replace,
+    tensor_of,
 )
 
 
@@ -78,10 +79,10 @@ def _projection(split: ir.Node) -> _Projection | None:
         producer, add = inner.producer(), producer
     if producer is None or not is_onnx(producer, "MatMul") or producer.inputs[0] is None:
         return None
-    weight = constant(producer.inputs[1])
-    if weight is None or weight.ndim != 2 or weight.shape[1] != sum(sizes):
+    tensor = tensor_of(producer.inputs[1])
+    if tensor is None or tuple(tensor.shape.numpy())[1:] != (sum(sizes),):
         return None
-    return _Projection(producer, add, weight, bias, sizes)
+    return _Projection(producer, add, np.asarray(tensor.numpy()), bias, sizes)
 
 
 def _alone(value: ir.Value) -> bool:
