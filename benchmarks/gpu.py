@@ -1,11 +1,15 @@
-"""mmopt on an NVIDIA GPU against torch.compile and cuBLAS, in one command.
+"""mmopt on an NVIDIA GPU: answers of every reference model, and speed against torch.compile and cuBLAS, in one command.
 
-``python -m benchmarks.gpu [--models clip-vit-b32,…] [--batches 1,32] [--precision fp16] [--dry-run] [--json FILE]``
+``python -m benchmarks.gpu [--answers NAMES] [--models NAMES] [--batches 1,32] [--dry-run] [--json FILE]``
 
-Inputs and results stay in the GPU's memory on both sides. torch runs ``torch.compile(mode="max-autotune")`` in the same
-precision; the product of two 4096 × 4096 matrices in float16 is compared with cuBLAS through ``torch.matmul``. A
-contender whose answers differ has no speed. ``--dry-run`` does all that needs no GPU: it exports and compiles, and runs
-torch's side on the CPU.
+Answers: every reference model in float32, float16 and 8-bit integers, compiled for the GPU and compared with its own
+optimized ONNX in onnxruntime, which rounds at the same places; in float32 with the model as it was exported.
+
+Speed: inputs and results stay in the GPU's memory on both sides. torch runs ``torch.compile(mode="max-autotune")`` in
+the same precision; the product of two 4096 × 4096 matrices in float16 is compared with cuBLAS through ``torch.matmul``.
+A contender whose answers differ has no speed. Every model is also run without CUDA graphs, to tell what they bring.
+
+``--dry-run`` does all that needs no GPU: it exports and compiles, and runs torch's side on the CPU.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import argparse
 import dataclasses
 import json
 import pathlib
+import shutil
 import statistics
 import sys
 import tempfile
@@ -26,9 +31,10 @@ import onnx
 
 import mmopt
 from benchmarks.models import chosen
-from benchmarks.zoo import ZOO, TorchModel
+from benchmarks.zoo import ZOO, TorchModel, ZooModel
 from mmopt.bench import machine
 from mmopt.errors import MmoptError, UserError
+from mmopt.runtime.device import DeviceEngine
 from mmopt.runtime.gpu import present_gpu
 
 MODELS = ("clip-vit-b32", "bert-base", "resnet-50", "whisper-tiny-encoder")
@@ -36,6 +42,12 @@ BARS = {1: 1.2, 32: 0.8}
 """Least speed against torch.compile, by batch size."""
 
 MATMUL, MATMUL_BAR = 4096, 0.7
+PRECISIONS = ("fp32", "fp16", "int8")
+"""Formats in which answers are compared."""
+
+SAMPLES = 8
+"""Inputs that ranges of 8-bit integers are taken from."""
+
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 6e-2, "int8": 1e-1}
 """Largest difference between contenders, as a fraction of an output's range."""
 
@@ -54,6 +66,7 @@ class Line:
         error: Largest difference of answers, as a fraction of the range.
         agrees: Whether that is within the tolerance.
         bar: Least speed against the other.
+        unrecorded: Seconds of mmopt without CUDA graphs.
     """
 
     name: str
@@ -62,6 +75,7 @@ class Line:
     error: float
     agrees: bool
     bar: float | None
+    unrecorded: float | None = None
 
     @property
     def speed(self) -> float:
@@ -80,6 +94,37 @@ class Line:
         return f"{self.name}: {times}, {self.speed:.2f}×{bar}, error {self.error:.1e}: {verdict}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """How a model answers.
+
+    Attributes:
+        model: Its name.
+        precision: In which format.
+        error: Largest difference as a fraction of an output's range; None where nothing could run.
+        agrees: Whether that is within what the format allows.
+        native: Whether all of it runs on the GPU.
+        problem: Why there is no answer, or "".
+    """
+
+    model: str
+    precision: str
+    error: float | None = None
+    agrees: bool = True
+    native: bool = False
+    problem: str = ""
+
+    @property
+    def passes(self) -> bool:
+        """Whether there is an answer, and a right one; without a GPU, whether there is code for one."""
+        return self.agrees and not self.problem
+
+    def __str__(self) -> str:
+        said = self.problem or ("compiled" if self.error is None else f"error {self.error:.1e}")
+        verdict = "ok" if self.passes else "FAILED" if self.problem else "WRONG"
+        return f"{self.model}, {self.precision}: {said}{'' if self.native else ', partly on the host'}: {verdict}"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -88,20 +133,72 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        names = chosen(options.models, MODELS, "--models")
+        names = chosen(options.models, MODELS, "--models") if options.models else []
+        asked = chosen(options.answers, sorted(ZOO), "--answers") if options.answers else []
         if not options.dry_run and present_gpu() is None:
             raise UserError("there is no NVIDIA GPU here", hint="--dry-run does everything else")
         print(machine.describe(machine.facts()), flush=True)
         with tempfile.TemporaryDirectory(prefix="mmopt-gpu-") as folder:
-            lines = run(names, options, options.work or pathlib.Path(folder))
+            work = options.work or pathlib.Path(folder)
+            answers = [answer(ZOO[n], p, options, work) for n in asked for p in options.answer_precisions.split(",")]
+            lines = run(names, options, work)
     except MmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     if options.json is not None:
         content = [{**dataclasses.asdict(line), "speed": line.speed, "passes": line.passes} for line in lines]
         facts = {"schema_version": 1, "kind": "mmopt-gpu", "machine": machine.facts(), "gpu": present_gpu()}
-        options.json.write_text(json.dumps({**facts, "lines": content}, indent=1) + "\n")
-    return 5 if any(not line.agrees for line in lines) else 7 if any(not line.passes for line in lines) else 0
+        said = [dataclasses.asdict(one) | {"passes": one.passes} for one in answers]
+        options.json.write_text(json.dumps({**facts, "answers": said, "lines": content}, indent=1) + "\n")
+    right, fast = sum(one.passes for one in answers), sum(line.passes for line in lines)
+    print(
+        f"{right} of {len(answers)} models right{' (compiled)' if options.dry_run else ''}, {fast} of {len(lines)} bars"
+    )
+    if not all(one.passes for one in answers) or not all(line.agrees for line in lines):
+        return 5
+    return 0 if all(line.passes for line in lines) else 7
+
+
+def answer(model: ZooModel, precision: str, options: argparse.Namespace, work: pathlib.Path) -> Answer:
+    """One model in one format."""
+    if model.missing():
+        made = Answer(model.name, precision, problem=f"{model.missing()} is missing")
+    else:
+        try:
+            made = _answered(model, precision, options, work)
+        except MmoptError as error:
+            made = Answer(model.name, precision, problem=str(error))
+    print(made, flush=True)
+    return made
+
+
+def _answered(model: ZooModel, precision: str, options: argparse.Namespace, work: pathlib.Path) -> Answer:
+    module = mmopt.load(model.export(work / "models"))
+    rewritten = mmopt.optimize(
+        module, target=options.target, precision=precision, samples=_samples(model, precision), validate="end"
+    ).module
+    result = mmopt.compile(
+        rewritten,
+        output=work / f"{model.name}-{precision}.mmopt",
+        target=options.target,
+        entries={},
+        reference=module if precision == "fp32" else None,
+        inputs=model.inputs(1),
+        allow_mismatch=True,
+    )
+    shutil.rmtree(result.path)  # 72 of them would fill a disk
+    if options.dry_run and not result.checks:
+        return Answer(model.name, precision, native=result.native)
+    check = result.checks["main"]
+    return Answer(model.name, precision, check.max_relative_error, check.ok, result.native)
+
+
+def _samples(model: ZooModel, precision: str) -> dict[str, np.ndarray] | None:
+    """Inputs for calibration, with a leading axis of samples."""
+    if precision != "int8":
+        return None
+    every = [model.inputs(1, seed=seed) for seed in range(1, SAMPLES + 1)]
+    return {name: np.stack([one[name] for one in every]) for name in every[0]}
 
 
 def run(names: Sequence[str], options: argparse.Namespace, work: pathlib.Path) -> list[Line]:
@@ -172,14 +269,26 @@ def compare(
         got, want = session.run(inputs), _leaves(theirs())
         error = max(map(_difference, got.values(), want))
         synchronize = session.native.convert.synchronize
+        unrecorded = _unrecorded(session, ours, synchronize, options.time / options.rounds)
         times: tuple[list[float], list[float]] = ([], [])
         for _ in range(options.rounds):
             times[0].append(_timed(ours, synchronize, options.time / options.rounds))
             times[1].append(_timed(theirs, torch.cuda.synchronize, options.time / options.rounds))
     medians = [statistics.median(found) for found in times]
     line = Line(label, medians[0], medians[1], error, error <= TOLERANCE[options.precision], bar)
-    print(line, flush=True)
-    return line
+    print(f"{line}; {unrecorded * 1e3:.3f} ms without CUDA graphs", flush=True)
+    return dataclasses.replace(line, unrecorded=unrecorded)
+
+
+def _unrecorded(session: mmopt.Session, call: Call, synchronize: Call, seconds: float) -> float:
+    """Seconds of a call that launches kernel by kernel."""
+    engine = session.native
+    assert isinstance(engine, DeviceEngine)
+    engine.records = False
+    try:
+        return _timed(call, synchronize, seconds)
+    finally:
+        engine.records = True
 
 
 def resident(session: mmopt.Session, inputs: Arrays) -> Call:
@@ -239,7 +348,13 @@ def _timed(call: Call, synchronize: Call, seconds: float) -> float:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", default=",".join(MODELS), metavar="NAMES", help="with commas (%(default)s)")
+    parser.add_argument(
+        "--models", default=",".join(MODELS), metavar="NAMES", help='to measure, with commas (%(default)s; "": none)'
+    )
+    parser.add_argument(
+        "--answers", default=",".join(sorted(ZOO)), metavar="NAMES", help='models to compare ("": none)'
+    )
+    parser.add_argument("--answer-precisions", default=",".join(PRECISIONS), metavar="NAMES", help="(%(default)s)")
     parser.add_argument("--batches", default="1,32", metavar="SIZES", help="with commas (%(default)s)")
     parser.add_argument("--precision", default="fp16", choices=sorted(TOLERANCE), help="of both (%(default)s)")
     parser.add_argument("--target", default="cuda", help="profile to compile for (%(default)s: the GPU here)")

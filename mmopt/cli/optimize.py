@@ -29,7 +29,7 @@ def optimize(
         bool,
         typer.Option(
             "--multi-isa",
-            help="Compile for the instruction sets below the target too; loading picks.",
+            help="Compile for older instruction sets, or GPUs, too; loading picks.",
         ),
     ] = False,
     level: Annotated[

@@ -14,6 +14,7 @@ import tvm_ffi
 from mmopt.backends.cuda.compiler import compile_source, fat_binary
 from mmopt.backends.cuda.pipeline import with_image
 from mmopt.backends.cuda.resources import Resources, described, launcher, occupancy, parse_resources
+from mmopt.backends.levels import levels_below
 from mmopt.backends.profile import GPU_ASSUMED, cuda_profile, load_profile, read_profile
 from mmopt.building import build_artifact
 from mmopt.errors import BackendError, UnsupportedError, UserError
@@ -64,6 +65,29 @@ def test_artifact_holds_machine_code_of_its_architecture(tmp_path: pathlib.Path,
         assert "no NVIDIA GPU" in made.unverified
         with pytest.raises(UnsupportedError, match="no NVIDIA GPU"):
             load_artifact(made.path)
+
+
+@toolkit
+def test_one_artifact_for_several_gpus(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = load_profile("cuda-sm90")
+    made = build_artifact(small_module(), profile, tmp_path / "g.mmopt", further=levels_below(profile))
+    libraries = {c.target["name"]: (made.path / c.folder / "lib.so").read_bytes() for c in made.manifest.each()}
+    assert {name: architectures(data) for name, data in libraries.items()} == {
+        "cuda-sm90": [90],
+        "cuda-sm80": [80],
+        "cuda-sm75": [75],
+    }
+    for present, chosen in ((90, "cuda-sm90"), (100, "cuda-sm90"), (89, "cuda-sm80"), (75, "cuda-sm75")):
+        monkeypatch.setattr("mmopt.runtime.gpu.present_gpu", lambda sm=present: sm)
+        with load_artifact(made.path) as session:
+            assert session.manifest.target["name"] == chosen
+
+
+def test_levels_of_gpus() -> None:
+    assert [level.name for level in levels_below(load_profile("cuda-sm89"))] == ["cuda-sm80", "cuda-sm75"]
+    assert [level.sm for level in levels_below(load_profile("cuda-sm80"))] == [75]
+    with pytest.raises(UserError, match="below target cuda-sm75"):
+        levels_below(load_profile("cuda-sm75"))
 
 
 @toolkit

@@ -5,7 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mmopt.backends.cuda.pipeline import compiled_kernels
+from mmopt.backends.cuda.kernels import recurrence
+from mmopt.backends.cuda.pipeline import compiled_kernels, generate
+from mmopt.backends.profile import load_profile
+from mmopt.lowering.compiler import CompileOptions
+from mmopt.lowering.partition import partition
+from mmopt.lowering.program import ProgramBuilder
 from tests.cuda_emulator import Emulated, available
 from tests.operators import example, numbers
 from tests.programs import Example, grouped
@@ -68,8 +73,10 @@ def layer(
 
 def launches(case: Example) -> int:
     """How many kernels the model takes, by what the artifact says."""
-    made = Emulated(grouped(case.model))
-    (order,) = made.generated.repeatable.values()
+    profile = load_profile("cuda-sm80")
+    builder = ProgramBuilder(profile)
+    partition(grouped(case.model), "main", builder, CompileOptions())
+    (order,) = generate(builder.module(), profile, list(builder.kernels)).repeatable.values()
     return sum(count for count, _ in order)
 
 
@@ -92,8 +99,6 @@ def test_small_layers_agree_with_onnxruntime() -> None:
 
 
 def test_large_layers_agree_with_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmopt.backends.cuda.kernels import recurrence
-
     monkeypatch.setattr(recurrence, "RESIDENT", 0)
     cases = [
         layer("LSTM", 70, batch=6, directions=2, states=True),
