@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from benchmarks.quantizing.methods import by_mmopt
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Pass
 from mmopt.transforms.quantize import Quantize, QuantizeWeights
-from mmopt.transforms.quantize.assignment import SCHEMES, parameters
+from mmopt.transforms.quantize.assignment import SCHEMES, escaped, parameters
 from mmopt.transforms.quantize.layers import Selection, layers
 from mmopt.transforms.quantize.quantize import by_place
 
@@ -34,13 +35,16 @@ _EDGES = (0.45, 0.4, 0.35, 0.3, 0.25, 0.2, 0.15, 0.1, 0.05)
 def presets(module: Module, budget: float) -> Iterator[tuple[str, Pass]]:
     """The best that each preset has for a budget, weights only."""
     yield "uniform", next(pass_ for bits, pass_ in _UNIFORM if bits / 32 <= budget)
-    found = [layer for layer in layers(module) if not Selection().refusal(layer)]
+    chosen = [layer for layer in layers(module) if not Selection().refusal(layer)]
+    found = [layer for layer in chosen if SCHEMES["w4"].fits(layer)]
+    # Convolutions have no kernels for weights alone.
+    floats = tuple(f"{escaped(layer.name)}=fp32" for layer in chosen if layer not in found)
     total = sum(parameters(layer) for layer in found)
     for edge in _EDGES:
         places = by_place(module, found, "w4", "w8", edge)
         bits = sum(SCHEMES[places[layer.name]].bits * parameters(layer) for layer in found)
         if bits / (32 * total) <= budget:
-            yield "hierarchical", Quantize(preset="hierarchical", highest="w8", edge=edge)
+            yield "hierarchical", Quantize(preset="hierarchical", highest="w8", edge=edge, table=floats)
             break
     yield "mixed", Quantize(preset="mixed", budget=budget, schemes=("w8", "w4"))
 
@@ -54,7 +58,7 @@ def compare(name: str, folder: pathlib.Path) -> list[dict[str, Any]]:
     before = judging.scores(plain, plain, labels)
     # Before fusion, as the presets see it.
     module = mmopt.optimize(mmopt.load(source), level=1, validate="off", threads=1).module
-    rows = []
+    rows: list[dict[str, Any]] = []
     for budget in BUDGETS:
         losses: dict[str, Any] = {}
         for preset, pass_ in presets(module, budget):
@@ -67,7 +71,7 @@ def compare(name: str, folder: pathlib.Path) -> list[dict[str, Any]]:
             change, low, high = judging.interval(judging.scores(found, plain, labels), before)
             rows.append(
                 {
-                    "network": name, "budget": budget, "preset": preset, "pass": pass_.spec(),
+                    "network": name, "budget": budget, "preset": preset, "pass": _short(pass_),
                     "error": float(np.sqrt(losses[preset].mean())), "change": change, "low": low, "high": high,
                 }
             )  # fmt: skip
@@ -75,6 +79,11 @@ def compare(name: str, folder: pathlib.Path) -> list[dict[str, Any]]:
             mean, low, high = judging.interval(losses["mixed"], losses[row["preset"]])
             row["less"] = [float(value / losses[row["preset"]].mean()) for value in (mean, low, high)]
     return rows
+
+
+def _short(pass_: Pass) -> str:
+    """A pass without the names of layers that no preset here takes."""
+    return dataclasses.replace(pass_, table=()).spec() if isinstance(pass_, Quantize) else pass_.spec()
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -636,6 +636,29 @@ class TestPresets:
             errors.append(float(((evaluate(module, x)["y"] - want) ** 2).mean()))
         assert errors[0] < errors[1]
 
+    def test_layers_that_no_scheme_fits_stay_in_float(self) -> None:
+        text = """g (float[1,16,4,4] x, float[16,16,1,1] k, float[4,32] w, float[32,32] v) => (float[1,16,4,32] y) {
+          a = Conv(x, k) b = MatMul(a, w) h = Tanh(b) c = MatMul(h, v) y = Softsign(c) }"""
+        module = weights(module_from(text, opset=21), k=(16, 16, 1, 1), w=(4, 32), v=(32, 32))
+        for number, node in enumerate(module.graph):
+            node.name = f"{node.op_type}_{number}"
+        x = np.random.default_rng(0).standard_normal((4, 1, 16, 4, 4)).astype(np.float32)
+        context = PassContext(inputs={"x": x})
+        assert Quantize(preset="mixed", budget=0.25, schemes=("w8", "w4")).run(module, context)
+        missed = {remark.node: remark.message for remark in context.remarks if remark.kind == "missed"}
+        assert "none of the schemes given fits it" in missed["Conv_0"]
+        assert module.graph.initializers["k"].dtype == ir.DataType.FLOAT
+        assert count_ops(module)["DequantizeLinear"] == 1
+
+    def test_full_balances_channels_first(self) -> None:
+        module, plain = TestMigration.skewed(), TestMigration.skewed()
+        x, samples = {"x": feeds(7)[0]}, {"x": feeds()}
+        want = evaluate(TestMigration.skewed(), x)["y"]
+        assert Quantize().run(module, PassContext(inputs=samples))
+        assert QuantizeStatic().run(plain, PassContext(inputs=samples))
+        errors = [np.abs(evaluate(one, x)["y"] - want).mean() for one in (module, plain)]
+        assert errors[0] < 0.5 * errors[1]
+
     def test_impossible_budget(self) -> None:
         with pytest.raises(UserError, match=r"need at least 0\.156"):
             Quantize(preset="mixed", budget=0.1).run(self.deep(), self.context())

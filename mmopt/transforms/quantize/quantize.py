@@ -16,6 +16,7 @@ from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, nbytes, parameters
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
+from mmopt.transforms.quantize.quantize_static import balance
 from mmopt.transforms.quantize.recovery import recover_quantized
 from mmopt.transforms.quantize.rounding import grams_wanted
 from mmopt.transforms.quantize.sensitivity import Sensitivity, measure
@@ -29,7 +30,8 @@ class Quantize(Pass):
     """Quantize layer by layer: all alike, by their place, or by how much each moves the outputs.
 
     Attributes:
-        preset: ``full``: int8 wherever there is an integer kernel. ``hierarchical``: the first and last layers of each
+        preset: ``full``: int8 wherever there is an integer kernel, channels balanced first unless there is a ``table``.
+            ``hierarchical``: the first and last layers of each
             tower and what joins towers in 8 bits, the middle in ``lowest``. ``mixed``: the least error within
             ``budget``.
         budget: For ``mixed``: bytes of the layers' weights, as a share of those in float32.
@@ -80,6 +82,9 @@ class Quantize(Pass):
         if not found:
             return False
         calibration = calibration_of(self, self.stats, module, context, gram=grams_wanted(found, self.rounding))
+        if self.preset == "full" and not self.table:
+            balance(module, context, calibration)
+            found = [layer for layer in layers(module) if not selection.refusal(layer)]
         reference = module.clone() if self.recover else None
         assignment = self._assignment(module, found, calibration, context)
         assignment.update(self._from_table(found))
@@ -107,15 +112,33 @@ class Quantize(Pass):
         if self.by_metrics and (context.evaluation is None or not context.evaluation.limits):
             what = "there are no limits of metrics to go by"
             raise UserError(what, where=self.name, hint="give --eval module:function and --metrics")
-        sensitivity = measure(module, found, known, context.inputs, calibration, evaluation=context.evaluation)
+        fitting = [layer for layer in found if any(SCHEMES[name].fits(layer) for name in known)]
+        rest = {layer.name: FLOAT for layer in found if layer not in fitting}
+        for name in rest:
+            self.remark(context, "missed", name, "it stays in float: none of the schemes given fits it")
+        sensitivity = self._measured(module, fitting, known, calibration, context)
+        if not self.by_metrics:
+            return {**within(fitting, known, sensitivity, self.budget), **rest}
+        steps = list(steps_upwards(fitting, known, sensitivity))
+        return {**self._smallest(module, steps, calibration, context), **rest}
+
+    def _measured(
+        self,
+        module: Module,
+        found: Sequence[Layer],
+        schemes: Sequence[str],
+        calibration: Calibration,
+        context: PassContext,
+    ) -> Sensitivity:
+        """Sensitivity of layers, with remarks on the worst and on what it cost."""
+        assert context.inputs is not None
+        sensitivity = measure(module, found, schemes, context.inputs, calibration, evaluation=context.evaluation)
         cost = f"each on {sensitivity.samples} samples, {sensitivity.runs:.2f} runs over all"
         judged = f", {sensitivity.evaluations:.2f} runs of the evaluator" if sensitivity.evaluations else ""
         self.remark(context, "note", "", f"sensitivity of {len(found)} layers measured: {cost}{judged}")
         for layer, error in sensitivity.ranked("w8a8")[:5]:
             self.remark(context, "note", layer, f"in w8a8 alone it moves the outputs by {error:.2%}")
-        if not self.by_metrics:
-            return within(found, known, sensitivity, self.budget)
-        return self._smallest(module, list(steps_upwards(found, known, sensitivity)), calibration, context)
+        return sensitivity
 
     def _smallest(
         self, module: Module, steps: Sequence[Mapping[str, str]], calibration: Calibration, context: PassContext
