@@ -89,3 +89,13 @@ def test_rows_of_features_stay() -> None:
     module, missed = raise_and_check(RaisePatches(), module_from(text, opset=23))
     assert count_ops(module) == {"MatMul": 1}
     assert not missed
+
+
+def test_heads_of_attention_stay() -> None:
+    weight = ", ".join(str(n % 5 - 2) for n in range(48))
+    text = f"""
+    g (float[2, 3, 7, 4] x) => (float[2, 7, 4] y) <float[12, 4] w = {{{weight}}}, int64[3] t = {{2, 7, 12}}>
+    {{ a = Transpose<perm = [0, 2, 1, 3]>(x) p = Reshape(a, t) y = MatMul(p, w) }}
+    """
+    module, _ = raise_and_check(RaisePatches(), module_from(text, opset=23))
+    assert "Conv" not in count_ops(module)

@@ -86,7 +86,8 @@ def _cut(source: Source) -> _Patches | str | None:
     if len(known) < len(parts) or not (known[2][1] or known[3][1]):
         return None
     (batch, nothing), (channel_grid, channels), (high, rows), (wide, columns) = known
-    if nothing or channel_grid:
+    # Heads of attention before their projection are rows of whole width: one column of patches is no grid.
+    if nothing or channel_grid or not (high and wide):
         return None
     outer = (*batch, *high, *wide)
     if list(outer) != sorted(outer, key=lambda atom: atom.path):
