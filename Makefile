@@ -47,7 +47,7 @@ test: $(STAMP)  ## the tests, without the slow ones
 test-all: $(STAMP)  ## all tests
 	$(PYTEST) -m ''
 
-test-arm: $(STAMP)  ## code for Arm under an emulator (apt install qemu-user libstdc++6-arm64-cross; takes an hour)
+test-arm: $(STAMP)  ## code for Arm under an emulator (apt install qemu-user libstdc++6-arm64-cross; an hour of CPU time)
 	$(BIN)/python -m pip install --quiet 'ziglang>=0.13'
 	$(PYTEST) -m arm tests/arm
 

@@ -24,7 +24,7 @@ from rich.console import Console
 import mmopt
 from benchmarks.kernels import onnx_of
 from benchmarks.zoo.layers import MODELS, Layer
-from mmopt.autotune.lowered import LoweredModel
+from mmopt.autotune.lowered import KernelCode, LoweredModel
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.pipeline import code_generation, target_of
 from mmopt.backends.profile import Profile, load_profile
@@ -126,8 +126,8 @@ def innermost(assembly: str) -> Loop | None:
     return best if best is not None and best.multiplies else None
 
 
-def code_of(layer: Layer, precision: str, profile: Profile) -> tuple[str, str]:
-    """Workload and assembly of a layer's kernel, as it is in a model.
+def kernel_of(layer: Layer, precision: str, profile: Profile) -> tuple[str, KernelCode]:
+    """Workload and kernel of a layer, as it is in a model.
 
     Raises:
         MmoptError: No template takes the layer.
@@ -139,10 +139,14 @@ def code_of(layer: Layer, precision: str, profile: Profile) -> tuple[str, str]:
         raise MmoptError("no template chose among candidates", where=layer.label)
     workload = heaviest.workload.key()
     (code, *_) = model.kernels(workload, heaviest.predicted.parameters)
+    return workload, code
+
+
+def compiled(code: KernelCode, profile: Profile) -> tvm.runtime.Executable:
+    """The kernel alone, under the name ``kernel``."""
     intrinsics.register()
     with target_of(profile) as target, code_generation():
-        built = tvm.compile(tvm.IRModule({"kernel": tvm.ir.load_json(code.function)}), target=target)
-    return workload, str(built.mod.inspect_source("s"))
+        return tvm.compile(tvm.IRModule({"kernel": tvm.ir.load_json(code.function)}), target=target)
 
 
 def examine(
@@ -154,8 +158,8 @@ def examine(
         profile = load_profile(target)
         for precision in precisions:
             for layer in layers.values():
-                workload, text = code_of(layer, precision, profile)
-                loop = innermost(text)
+                workload, code = kernel_of(layer, precision, profile)
+                loop = innermost(str(compiled(code, profile).mod.inspect_source("s")))
                 if loop is None:
                     continue
                 yield {
@@ -220,8 +224,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
         version = subprocess.run([predictor(), "--version"], capture_output=True, text=True, check=True).stdout
-        words = [options.models.split(","), options.targets.split(","), options.precision.split(",")]
-        records = list(examine(*words, options.limit))
+        models, targets, precisions = (
+            words.split(",") for words in (options.models, options.targets, options.precision)
+        )
+        records = list(examine(models, targets, precisions, options.limit))
     except MmoptError as error:
         out.print(f"error: {error}", markup=False)
         return error.exit_code

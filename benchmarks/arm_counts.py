@@ -1,8 +1,8 @@
-"""Instructions that layers execute on Arm processors, counted under emulation, beside the fewest that could do it.
+"""Instructions that kernels execute on Arm processors, counted under emulation, beside the fewest that could do it.
 
-A layer is compiled as in a model, and run by ``mmopt-run`` under QEMU on one thread, once and three times: half of the
-difference is what a run takes, with everything around the kernel. The ideal is one instruction for as many
-multiply-adds as the target's instruction does, and nothing else.
+The kernel of a layer, with its bias and activation, is called by a small program under QEMU on one thread, once and
+three times: half of the difference is what a call takes. The ideal is one instruction for as many multiply-adds as the
+target's instruction does, and nothing else.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -22,22 +23,22 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-import mmopt
-from benchmarks.kernels import onnx_of
+from benchmarks.arm import compiled, kernel_of
 from benchmarks.zoo.layers import MODELS, Layer
 from mmopt.backends.cpu.dot import dot_for
-from mmopt.backends.linking import run_zig
+from mmopt.backends.linking import Zig, run_zig
 from mmopt.backends.profile import Profile, load_profile
 from mmopt.backends.runner import build_runner
 from mmopt.bench.render import Sheet
-from mmopt.building import build_artifact
 from mmopt.errors import MmoptError, UserError
-from mmopt.frontends.onnx import module_from_proto
 
 SCHEMA_VERSION = 1
 TARGETS = ("cortex-a76", "neoverse-n1")
 PROCESSORS = {"neoverse-v1": "max,sve=off", "armv8.0": "cortex-a53", "armv8.2": "cortex-a76"}
 """QEMU's name of the processor for a target, where it is not the same."""
+
+DRIVER = pathlib.Path(__file__).parent.parent / "tests" / "arm" / "kernel_driver.cc"
+"""The program that calls kernels."""
 
 SYSTEM = "/usr/aarch64-linux-gnu"
 MOST = 1.25
@@ -46,7 +47,7 @@ MOST = 1.25
 
 @dataclasses.dataclass(frozen=True)
 class Emulator:
-    """QEMU with the counting plugin, and a board's programs.
+    """QEMU with the counting plugin, and the program that calls kernels.
 
     Attributes:
         folder: Where they were built.
@@ -63,15 +64,15 @@ class Emulator:
         Raises:
             UserError: QEMU is not installed.
         """
-        build_runner(load_profile("armv8.0"), folder)
+        build_runner(load_profile("armv8.0"), folder, main=DRIVER)
         plugin = folder / "libinstructions.so"
         source = pathlib.Path(__file__).with_name("instructions.c")
         version = f"-DPLUGIN_VERSION={1 if _version() < 9 else 2}"
         run_zig("cc", "-O2", "-shared", "-fPIC", version, str(source), "-o", str(plugin))
         return cls(folder, plugin)
 
-    def count(self, target: str, artifact: pathlib.Path, inputs: pathlib.Path, repeat: int) -> int:
-        """Instructions of ``mmopt-run``, which runs the artifact ``repeat`` times more than once.
+    def count(self, target: str, *arguments: str) -> int:
+        """Instructions of a whole run of the program with ``arguments``.
 
         Raises:
             MmoptError: The emulated program failed.
@@ -79,9 +80,9 @@ class Emulator:
         made = self.folder / "count.txt"
         made.unlink(missing_ok=True)
         command = [_qemu(), "-cpu", PROCESSORS.get(target, target), "-L", SYSTEM]
-        command += ["-plugin", f"{self.plugin},out={made}", str(self.folder / "mmopt-run"), str(artifact)]
-        command += ["--inputs", str(inputs), "--threads", "1", *(["--repeat", str(repeat)] if repeat else [])]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        command += ["-plugin", f"{self.plugin},out={made}", str(self.folder / DRIVER.stem), *arguments]
+        one = {**os.environ, "TVM_NUM_THREADS": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=one)
         if done.returncode or not made.exists():
             raise MmoptError(f"the emulated program failed: {done.stderr.strip()[:500]}", where=target)
         return int(made.read_text())
@@ -101,16 +102,17 @@ def _version() -> int:
 
 
 def executed(emulator: Emulator, layer: Layer, precision: str, target: str) -> int:
-    """Instructions of one run of a layer."""
-    module = mmopt.optimize(module_from_proto(onnx_of(layer, precision)), validate="off").module
-    shape = [int(str(d)) for d in module.graph.inputs[0].shape or ()]
-    random = np.random.default_rng(0)
-    kind = np.uint8 if precision == "int8" else np.float32
+    """Instructions of one call of a layer's kernel."""
+    profile = load_profile(target)
+    _, code = kernel_of(layer, precision, profile)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        build_artifact(module, load_profile(target), folder / "layer.mmopt")
-        np.savez(folder / "x.npz", x=(random.standard_normal(shape) * 30 + 128).clip(0, 255).astype(kind))
-        once, more = (emulator.count(target, folder / "layer.mmopt", folder / "x.npz", n) for n in (0, 2))
+        compiled(code, profile).export_library(str(folder / "kernel.so"), fcompile=Zig(profile))
+        roles = ["out" if argument["role"] == "output" else "in" for argument in code.arguments]
+        for n, (role, argument) in enumerate(zip(roles, code.arguments, strict=True)):
+            np.save(folder / f"0.{role}{roles[:n].count(role)}.npy", np.ones(argument["shape"], argument["dtype"]))
+        (folder / "cases.txt").write_text(f"kernel {roles.count('in')} 0 {roles.count('out')}\n")
+        once, more = (emulator.count(target, str(folder / "kernel.so"), name, str(times)) for times in (1, 3))
     return (more - once) // 2
 
 

@@ -16,7 +16,7 @@ import pytest
 import tvm
 
 from mmopt.backends.cpu import intrinsics
-from mmopt.backends.cpu.emit import KernelEmitter
+from mmopt.backends.cpu.emit import Kernel, KernelEmitter
 from mmopt.backends.cpu.pipeline import code_generation, target_of
 from mmopt.backends.linking import Zig
 from mmopt.backends.profile import Profile, load_profile
@@ -84,8 +84,8 @@ def run_artifact(
             return {name: outputs[name] for name in outputs.files}
 
 
-def link_kernels(cases: Sequence[Case], profile: Profile, path: pathlib.Path) -> list[tuple[str, KernelEmitter]]:
-    """Compile the kernel of each case into one library; gives names and emitters."""
+def link_kernels(cases: Sequence[Case], profile: Profile, path: pathlib.Path) -> list[tuple[str, Kernel]]:
+    """Compile the kernel of each case into one library; gives names and kernels."""
     intrinsics.register()
     made, functions = [], {}
     for number, case in enumerate(cases):
@@ -109,7 +109,7 @@ def check_kernels(cases: Sequence[Case], target: str) -> None:
             sizes = [case.sizes[str(s.name)] for s in kernel.symbols]
             lines.append(" ".join(map(str, [name, len(kernel.sources), len(sizes), len(case.want), *sizes])))
             for n, source in enumerate(kernel.sources):
-                np.save(place / f"{number}.in{n}.npy", np.ascontiguousarray(case.feeds[source]))
+                np.save(place / f"{number}.in{n}.npy", np.require(case.feeds[source], requirements="C"))
             for n, want in enumerate(case.want):
                 np.save(place / f"{number}.out{n}.npy", np.full_like(want, UNTOUCHED, order="C"))
         (place / "cases.txt").write_text("\n".join(lines) + "\n")

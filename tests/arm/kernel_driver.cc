@@ -1,7 +1,8 @@
 // Calls kernels of a library on saved arrays, for tests under an emulator.
 //
-// kernel_driver LIBRARY FOLDER: FOLDER/cases.txt has a line for each case: function, inputs, sizes, outputs, and then the
-// sizes themselves. Case N reads N.inK.npy, and N.outK.npy for what its results hold before, and writes N.outK.npy.
+// kernel_driver LIBRARY FOLDER [TIMES]: FOLDER/cases.txt has a line for each case: function, inputs, sizes, outputs, and then the
+// sizes themselves. Case N reads N.inK.npy, and N.outK.npy for what its results hold before, and writes N.outK.npy. Every
+// function is called once, or as many times as told.
 
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/module.h>
@@ -78,7 +79,8 @@ ffi::Any call(const ffi::Function& function, const std::vector<ffi::AnyView>& ar
 }  // namespace
 
 int main(int count, char** words) {
-  if (count != 3) fail("usage: kernel_driver LIBRARY FOLDER");
+  if (count < 3 || count > 4) fail("usage: kernel_driver LIBRARY FOLDER [TIMES]");
+  int times = count == 4 ? std::atoi(words[3]) : 1;
   std::string folder = std::string(words[2]) + "/";
   ffi::Any module = call(*ffi::Function::GetGlobal("ffi.ModuleLoadFromFile"), {ffi::String(words[1])});
   std::ifstream cases(folder + "cases.txt");
@@ -106,7 +108,7 @@ int main(int count, char** words) {
     }
     arguments.insert(arguments.end(), tensors.begin() + static_cast<std::ptrdiff_t>(inputs), tensors.end());
     ffi::Any function = call(*ffi::Function::GetGlobal("ffi.ModuleGetFunction"), {module, ffi::String(name), false});
-    call(function.cast<ffi::Function>(), arguments);
+    for (int n = 0; n < times; ++n) call(function.cast<ffi::Function>(), arguments);
     for (const auto& one : given) {
       if (!one.intact() || !one.unchanged()) fail(line + ": an input was written to");
     }
