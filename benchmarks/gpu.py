@@ -175,7 +175,11 @@ def answer(model: ZooModel, precision: str, options: argparse.Namespace, work: p
 def _answered(model: ZooModel, precision: str, options: argparse.Namespace, work: pathlib.Path) -> Answer:
     module = mmopt.load(model.export(work / "models"))
     rewritten = mmopt.optimize(
-        module, target=options.target, precision=precision, samples=_samples(model, precision), validate="end"
+        module,
+        target=options.target,
+        precision=precision,
+        samples=calibration_samples(model, precision),
+        validate="end",
     ).module
     result = mmopt.compile(
         rewritten,
@@ -193,7 +197,7 @@ def _answered(model: ZooModel, precision: str, options: argparse.Namespace, work
     return Answer(model.name, precision, check.max_relative_error, check.ok, result.native)
 
 
-def _samples(model: ZooModel, precision: str) -> dict[str, np.ndarray] | None:
+def calibration_samples(model: ZooModel, precision: str) -> dict[str, np.ndarray] | None:
     """Inputs for calibration, with a leading axis of samples."""
     if precision != "int8":
         return None

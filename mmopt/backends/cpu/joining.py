@@ -47,8 +47,9 @@ class Joined:
         module: The new module.
         bare: Names of the kernels in it that are called with bare pointers.
         workspace: Bytes that the caller has to provide for every call at a time.
-        repeatable: Functions that do the same whatever their inputs hold, so that what they do on a device can be
-            recorded and repeated. For those that are one run of kernels of known sizes, its steps in order.
+        repeatable: Functions that are one run and nothing else: they do the same whatever their inputs hold, and keep
+            nothing but their results in memory of the virtual machine, so that what they do on a device can be recorded
+            and repeated. With the steps in order where all sizes are known.
     """
 
     module: tvm.IRModule
@@ -151,8 +152,8 @@ class _Joiner:
         weights = function.params[-1] if function.params and _is_weights(function.params[-1]) else None
         rewriting = _Rewriting(self, str(handle.name_hint), weights, bindings, function.body.body)
         made = rewriting.run()
-        if all(map(_repeats, made)):
-            self.repeatable[str(handle.name_hint)] = rewriting.orders[0] if len(rewriting.orders) == 1 else []
+        if len(rewriting.orders) == 1 and all(map(_repeats, made)):
+            self.repeatable[str(handle.name_hint)] = rewriting.orders[0]
         body = relax.SeqExpr([relax.BindingBlock(made)], function.body.body)
         self.functions[handle] = relax.Function(
             function.params, body, function.ret_ty, function.is_pure, function.attrs, function.span
