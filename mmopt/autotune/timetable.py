@@ -32,6 +32,12 @@ _CALL, _BYTE = 400.0, 0.1
 _NEAR = 0.02
 """Squared distance, in powers of two, below which sizes count as equally near."""
 
+_LANES = 16
+_CHANNELS = ("c", "o", "n", "k", "hidden")
+_RAGGED, _TILED, _OTHER = 8.0, 2.0, 100.0
+"""Squared distances besides: of an extent that fills its vectors from one that does not, of tiles of other widths, and
+of kernels that work on something else."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Likeness:
@@ -41,11 +47,15 @@ class _Likeness:
         template: The template.
         kind: What is no size: operands' forms and number formats, extents known only at run time.
         sizes: Logarithms of extents by name.
+        ragged: Names of extents that leave vectors part empty.
+        vectors: Width of the register tile in vectors; 0 where there is none.
     """
 
     template: str
     kind: tuple[str, ...]
     sizes: Mapping[str, float]
+    ragged: frozenset[str]
+    vectors: int
 
     @classmethod
     def of(cls, record: Record) -> _Likeness:
@@ -55,13 +65,17 @@ class _Likeness:
         if not workload and record.get("bytes"):
             sizes = {"bytes": math.log2(1 + int(record["bytes"]))}
         kind = [f"{name}={text}" for name, text in dims.items() if not text.isdigit()]
-        return cls(str(record["template"]), (*kind, workload.rpartition(":")[2]), sizes)
+        ragged = {name for name in _CHANNELS if dims.get(name, "?").isdigit() and int(dims[name]) % _LANES}
+        vectors = int(record.get("choice", {}).get("vectors", 0))
+        formats = workload.rpartition(":")[2]
+        return cls(str(record["template"]), (*kind, formats), sizes, frozenset(ragged), vectors)
 
     def distance(self, other: _Likeness) -> float:
         """Squared distance of sizes; large where they are not of the same kind."""
         names = self.sizes.keys() | other.sizes.keys()
         apart = sum((self.sizes.get(name, 0.0) - other.sizes.get(name, 0.0)) ** 2 for name in names)
-        return apart + 100.0 * (self.kind != other.kind)
+        apart += _RAGGED * len(self.ragged ^ other.ragged) + _TILED * (self.vectors != other.vectors)
+        return apart + _OTHER * (self.kind != other.kind)
 
 
 class TimeTable:
@@ -127,7 +141,7 @@ class TimeTable:
         alike = [(other, ratio) for other, ratio in self._known if other.template == known.template] or self._known
         if not alike:
             return 0.0
-        weights = [1 / (_NEAR + known.distance(other)) ** 2 for other, _ in alike]
+        weights = [1 / (_NEAR + known.distance(other)) for other, _ in alike]
         mean = sum(weight * ratio for weight, (_, ratio) in zip(weights, alike, strict=True)) / sum(weights)
         return _cycles(record) * math.exp(mean)
 

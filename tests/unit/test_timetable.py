@@ -50,7 +50,16 @@ def test_other_number_formats_and_templates_tell_little() -> None:
     records = [product("wide", 63, 1e3), product("narrow", 63, 1e3, formats="bfloat16")]
     table = TimeTable()
     table.learn(records, measured(0.0, wide=(1, 1e-6), narrow=(1, 5e-6)))
-    assert table.seconds([product("new", 127, 1e3, formats="bfloat16")]) == pytest.approx(5e-6, rel=0.01)
+    assert table.seconds([product("new", 127, 1e3, formats="bfloat16")]) == pytest.approx(5e-6, rel=0.03)
+
+
+def test_full_vectors_tell_more_of_full_vectors_than_of_nearer_ragged_ones() -> None:
+    """Kernels of 24 channels take twice what is predicted, as half of a vector is empty; those of 64 take as much."""
+    records = [product("ragged", 24, 1e3), product("full", 64, 1e3)]
+    table = TimeTable()
+    table.learn(records, measured(0.0, ragged=(1, 2e-6), full=(1, 1e-6)))
+    assert table.seconds([product("new", 32, 1e3)]) < 1.2e-6
+    assert table.seconds([product("new", 40, 1e3)]) > 1.8e-6
 
 
 def test_what_has_no_prediction_goes_by_what_it_moves() -> None:
