@@ -63,7 +63,11 @@ class _Grower:
 def _rows(data: st.DataObject) -> Module:
     """Layers over sequences or rows."""
     sequences = data.draw(st.booleans(), label="sequences")
-    shape: list[int | str] = [data.draw(st.sampled_from([1, 2, "batch"])), *([5] if sequences else []), WIDTH]
+    shape: list[int | str] = [
+        data.draw(st.sampled_from([1, 2, "batch"])),
+        *([data.draw(st.sampled_from([5, "seq"]))] if sequences else []),
+        WIDTH,
+    ]
     g = _Grower(data, shape, data.draw(st.integers(1, 3), label="inputs"))
     for _ in range(data.draw(st.integers(2, 10), label="operators")):
         kind = data.draw(
