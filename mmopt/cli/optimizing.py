@@ -124,12 +124,15 @@ class Job:
             seed=request.seed,
             target=request.target,
             jobs=request.jobs,
+            eval=request.evaluator,
+            metrics=list(request.metrics) or None,
         )
         self._settings.setdefault("target", "cpu")
         self._settings["precision"] = chosen_precision(self._recipe, request.precision)
         self._emit = _emit(request)
         self._output = _output(request, self._emit)
-        self._evaluation = evaluation(request.evaluator, request.metrics, trust_code=request.trust_code)
+        evaluator, limits = self._settings.get("eval"), self._settings.get("metrics", ())
+        self._evaluation = evaluation(evaluator, limits, trust_code=request.trust_code)
 
     def run(self, *, dry: bool) -> None:
         """Do it, or say what would be done."""

@@ -4,6 +4,8 @@
     description = "Exact rewrites only."
     extends = "o0"                      # its phases come first
     validate = "each"                   # also: strict, seed, target, precision
+    eval = "mytask:accuracy"            # judged by the task; --trust-code has to allow it
+    metrics = ["accuracy=-0.003"]
 
     [[phase]]
     name = "canonicalize"
@@ -39,7 +41,8 @@ else:
 SCHEMA_VERSION = 1
 
 SETTINGS: dict[str, type] = {
-    "validate": str, "strict": bool, "seed": int, "target": str, "precision": str, "jobs": int,
+    "validate": str, "strict": bool, "seed": int, "target": str, "precision": str, "jobs": int, "eval": str,
+    "metrics": list,
 }  # fmt: skip
 """Settings of a run that a recipe may give, and their types."""
 
@@ -175,6 +178,8 @@ def _settings(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     mode = settings.get("validate", "each")
     if mode not in VALIDATE:
         raise UserError(f"validate is {mode!r}", where=where, hint=did_you_mean(mode, VALIDATE))
+    if odd := [limit for limit in settings.get("metrics", ()) if not isinstance(limit, str)]:
+        raise UserError(f"{odd[0]!r} is no limit", where=f"{where}, metrics", hint='write metrics = ["name=-0.01"]')
     return settings
 
 

@@ -217,6 +217,20 @@ class TestCommand:
         assert f"{self.module}.py:12" in said
         assert set(os.listdir()) - {"__pycache__"} == set(before)
 
+    def test_a_recipe_can_say_both(self, capsys: pytest.CaptureFixture[str]) -> None:
+        recipe = f'schema_version = 1\nextends = "o1"\neval = "{self.module}:falling"\nmetrics = ["mean=0.75.."]\n'
+        pathlib.Path("task.toml").write_text(recipe)
+        command = ["optimize", "model.onnx", "-o", "a.onnx", "-q", "--recipe", "task.toml"]
+        assert main.run(command) == 2
+        assert "--trust-code" in capsys.readouterr().err
+        assert main.run([*command, "--trust-code"]) == 6
+        assert "mean is 0.5, was 1 (at least 0.75)" in capsys.readouterr().err
+        # The command line goes before the recipe.
+        assert main.run([*command, "--trust-code", "--eval", f"{self.module}:closeness", "--metrics", "mean=-1"]) == 0
+        pathlib.Path("task.toml").write_text('schema_version = 1\nextends = "o1"\nmetrics = [1]\n')
+        assert main.run(command) == 2
+        assert "1 is no limit" in capsys.readouterr().err
+
     def test_wrong_use(self, capsys: pytest.CaptureFixture[str]) -> None:
         base = ["optimize", "model.onnx", "-o", "a.mmopt", "-q"]
         for arguments, message in (
