@@ -3,14 +3,17 @@
 ``python -m benchmarks.pruning_modalities FOLDER [--data ../shared/data] [--json FILE]``
 
 The network of digits (``benchmarks.trained``) is trained a little further, with modalities missing at random, so that
-each tower alone decides something. Then half of it goes, of its multiply-accumulates or of its weights, as mmopt
+each tower alone decides something. Then 50 % and 80 % of it go, of its multiply-accumulates or of its weights, as mmopt
 chooses and by the global magnitude of weights; the same least-squares repair follows. Accuracy with everything, and
-with each modality alone, the others blank.
+with each modality alone, the others blank. In the end the same for half of the multiply-accumulates of a network that
+computes the same, but whose picture tower has weights of half the size, as towers that were trained apart may have.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import pathlib
 import sys
@@ -19,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
 
 from benchmarks.pruning_accuracy import PASSES, Arrays, Network, by_pass, repaired
@@ -32,7 +36,7 @@ from mmopt.transforms.prune.observing import batches_of
 NAME = "robust-digits"
 STEPS, RATE, BATCH = 150, 1e-3, 64
 MISSING = 1 / 3
-SHARE = 0.5
+SHARES = (0.5, 0.8)
 MEASURES = ("macs", "parameters")
 WAYS: dict[str, dict[str, Any]] = {"mmopt": {}, "global magnitude": PASSES["global, L2"]}
 
@@ -73,22 +77,43 @@ def _typical(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.array([np.bincount(column).argmax() for column in array.T])
 
 
-def compare(network: Network) -> list[dict[str, Any]]:
+def scaled_down(network: Network, factor: float = 0.5) -> Network:
+    """The same function with smaller weights in the tower of pictures: rectifiers pass factors on to the head."""
+    module = network.module.clone()
+    weights = module.graph.initializers
+    names = sorted((name for name in weights if name.startswith("image.") and name.endswith(".weight")), key=_place)
+    for depth, name in enumerate(names, 1):
+        bias = name.replace("weight", "bias")
+        for value, scale in ((weights[name], factor), (weights[bias], factor**depth)):
+            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(scale), name=value.name)
+    head = weights["head.0.weight"]
+    array = head.const_value.numpy().copy()
+    array[:, : weights[names[-1]].shape[0]] /= np.float32(factor ** len(names))
+    head.const_value = ir.tensor(array, name=head.name)
+    return dataclasses.replace(network, module=module)
+
+
+def _place(name: str) -> int:
+    return int(name.split(".")[1])
+
+
+def compare(network: Network, shares: Sequence[float], measures: Sequence[str]) -> list[dict[str, Any]]:
     """Accuracy with all modalities and with each alone, whole and pruned."""
     blanks = Blanks(network.module, batches_of(network.module, network.calibration))
 
-    def row(way: str, measure: str, module: Any) -> dict[str, Any]:
+    def row(way: str, what: str, module: Any) -> dict[str, Any]:
         alone = {t: network.accuracy(module, lambda feeds, t=t: blanks.alone(feeds, t)) for t in blanks.towers}
         parts = ", ".join(f"{tower} {value:.2f}" for tower, value in alone.items())
-        found = {"way": way, "measure": measure, "all": network.accuracy(module), "alone": alone}
-        print(f"{way:18} {measure:12} all {found['all']:.2f}; alone: {parts}", flush=True)
+        found = {"way": way, "cut": what, "all": network.accuracy(module), "alone": alone}
+        print(f"{way:18} {what:16} all {found['all']:.2f}; alone: {parts}", flush=True)
         return found
 
     rows = [row("before", "", network.module)]
-    for measure in MEASURES:
+    for share, measure in itertools.product(shares, measures):
         for way, given in WAYS.items():
-            module = by_pass(network, network.calibration, 0, SHARE, {**given, "measure": measure})
-            rows.append(row(way, measure, repaired(network, module, network.calibration, 0, distilled=False)))
+            module = by_pass(network, network.calibration, 0, share, {**given, "measure": measure})
+            module = repaired(network, module, network.calibration, 0, distilled=False)
+            rows.append(row(way, f"{share:.0%} {measure}", module))
     return rows
 
 
@@ -103,11 +128,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=pathlib.Path, metavar="FOLDER")
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"), metavar="FOLDER")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE")
+    parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
+    parser.add_argument("--scaled", action="store_true", help="only the network with smaller weights in one tower")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
         prepare_robust(options.folder, options.data)
-        rows = compare(Network.load(options.folder, NAME))
+        network = Network.load(options.folder, NAME)
+        rows = [] if options.scaled else compare(network, options.shares, options.measures)
+        print("the same, with smaller weights in the picture tower", flush=True)
+        rows += compare(scaled_down(network), SHARES[:1], MEASURES[:1])
     except MmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
