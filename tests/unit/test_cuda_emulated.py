@@ -113,6 +113,16 @@ def test_operators_agree_with_onnxruntime() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_names_that_are_no_identifiers() -> None:
+    case = example("y = MatMul (x, w)", {"x": numbers(3, 8), "w": numbers(8, 6)})
+    weight = onnx.numpy_helper.from_array(case.feeds["w"], "1/rnn:w-é")
+    case.model.graph.initializer.append(weight)
+    case.model.graph.node[0].input[1] = weight.name
+    del case.model.graph.input[1]
+    wrong = wrong_answers([Example("names", case.model, {"x": case.feeds["x"]})])
+    assert not wrong, "\n".join(wrong)
+
+
 def test_sizes_known_at_run_time() -> None:
     symbolic = {"x": ["n", "m"]}
     bodies = {

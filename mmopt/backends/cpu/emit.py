@@ -177,7 +177,7 @@ class KernelEmitter:
         """Generate the kernel."""
         with loading_with(self):
             for tensor in (*self.plan.sources, *self.outputs):
-                self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, tensor.name))
+                self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, spelled(tensor.name)))
             body = self.finished(self._shared_rows() if self.plan.shared else self._stages(self.plan.stages))
         symbols = self._symbols(body)
         params = [
@@ -209,7 +209,7 @@ class KernelEmitter:
         """Temporary memory for ``tensor`` without its first ``axes`` axes, which the enclosing loops fix."""
         inner = tensor.shape[axes:] or (i64(1),)
         flags = tensor.dtype == "bool"
-        buffer = tirx.decl_buffer(inner, "int8" if flags else tensor.dtype, tensor.name)
+        buffer = tirx.decl_buffer(inner, "int8" if flags else tensor.dtype, spelled(tensor.name))
         self.places[tensor] = Place(buffer, axes, flags=flags)
         return tirx.AllocBuffer(buffer)
 
@@ -372,3 +372,9 @@ class KernelEmitter:
 def _at(store: Callable[..., Stmt], outer: tuple[Expr, ...]) -> Callable[[Expr], Stmt]:
     """``store`` with its outer indices fixed."""
     return lambda inner: store(*outer, inner)
+
+
+def spelled(name: str) -> str:
+    """``name`` as one that generated C++ may have: models name tensors with slashes and numbers, too."""
+    clean = "".join(c if c.isascii() and c.isalnum() else "_" for c in name)
+    return clean if clean[:1].isalpha() else f"t{clean}"

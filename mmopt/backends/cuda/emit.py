@@ -15,7 +15,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Map, Reduction, Tensor
 from mmopt.backends.cpu.collapse import collapse, expand
-from mmopt.backends.cpu.emit import KernelEmitter, Place
+from mmopt.backends.cpu.emit import KernelEmitter, Place, spelled
 from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import trace
 from mmopt.backends.cuda.launching import launched, unless_empty
@@ -119,9 +119,9 @@ class CudaEmitter(KernelEmitter):
             size = static(simplify(product(inner) * itemsize(dtype)))
             if size is not None and size <= left:
                 left -= size
-                self.places[stage] = Place(shared(inner, dtype, stage.name), depth, flags=flags)
+                self.places[stage] = Place(shared(inner, dtype, spelled(stage.name)), depth, flags=flags)
             else:
-                buffer = tirx.decl_buffer(stage.shape or (i64(1),), dtype, stage.name)
+                buffer = tirx.decl_buffer(stage.shape or (i64(1),), dtype, spelled(stage.name))
                 outside.append(buffer)
                 self.places[stage] = Place(buffer, flags=flags)
         return [allocate(*outside)] if outside else []
