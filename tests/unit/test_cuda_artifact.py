@@ -17,6 +17,7 @@ from mmopt.backends.cuda.resources import Resources, described, launcher, occupa
 from mmopt.backends.levels import levels_below
 from mmopt.backends.profile import GPU_ASSUMED, cuda_profile, load_profile, read_profile
 from mmopt.building import build_artifact
+from mmopt.cli.main import run
 from mmopt.errors import BackendError, UnsupportedError, UserError
 from mmopt.ir.module import Module
 from mmopt.runtime import load_artifact
@@ -50,7 +51,9 @@ def small_module() -> Module:
 
 @toolkit
 @pytest.mark.parametrize("target", ["cuda-sm80", pytest.param("cuda-sm90", marks=pytest.mark.slow)])
-def test_artifact_holds_machine_code_of_its_architecture(tmp_path: pathlib.Path, target: str) -> None:
+def test_artifact_holds_machine_code_of_its_architecture(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], target: str
+) -> None:
     made = build_artifact(small_module(), load_profile(target), tmp_path / "g.mmopt")
     library = (made.path / "lib.so").read_bytes()
     assert library.startswith(b"\x7fELF")
@@ -61,6 +64,11 @@ def test_artifact_holds_machine_code_of_its_architecture(tmp_path: pathlib.Path,
     for kernel in made.manifest.kernels:
         assert all(part["registers"] > 0 and part["spills"] == 0 and part["occupancy"] > 0 for part in kernel["device"])
     assert made.native
+    capsys.readouterr()
+    assert run(["inspect", str(made.path), "--kernels"]) == 0
+    told = capsys.readouterr().out
+    assert "occupancy" in told
+    assert all(str(part["registers"]) in told for kernel in made.manifest.kernels for part in kernel["device"])
     if present_gpu() is None:
         assert "no NVIDIA GPU" in made.unverified
         with pytest.raises(UnsupportedError, match="no NVIDIA GPU"):
