@@ -5,14 +5,12 @@
 The network of digits (``benchmarks.trained``) is trained a little further, with modalities missing at random, so that
 each tower alone decides something. Then 50 % and 80 % of it go, of its multiply-accumulates or of its weights, as mmopt
 chooses and by the global magnitude of weights; the same least-squares repair follows. Accuracy with everything, and
-with each modality alone, the others blank. In the end the same for half of the multiply-accumulates of a network that
-computes the same, but whose picture tower has weights of half the size, as towers that were trained apart may have.
+with each modality alone, the others blank.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -22,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import torch
 
 from benchmarks.pruning_accuracy import PASSES, Arrays, Network, by_pass, repaired
@@ -77,26 +74,6 @@ def _typical(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return np.array([np.bincount(column).argmax() for column in array.T])
 
 
-def scaled_down(network: Network, factor: float = 0.5) -> Network:
-    """The same function with smaller weights in the tower of pictures: rectifiers pass factors on to the head."""
-    module = network.module.clone()
-    weights = module.graph.initializers
-    names = sorted((name for name in weights if name.startswith("image.") and name.endswith(".weight")), key=_place)
-    for depth, name in enumerate(names, 1):
-        bias = name.replace("weight", "bias")
-        for value, scale in ((weights[name], factor), (weights[bias], factor**depth)):
-            value.const_value = ir.tensor(value.const_value.numpy() * np.float32(scale), name=value.name)
-    head = weights["head.0.weight"]
-    array = head.const_value.numpy().copy()
-    array[:, : weights[names[-1]].shape[0]] /= np.float32(factor ** len(names))
-    head.const_value = ir.tensor(array, name=head.name)
-    return dataclasses.replace(network, module=module)
-
-
-def _place(name: str) -> int:
-    return int(name.split(".")[1])
-
-
 def compare(network: Network, shares: Sequence[float], measures: Sequence[str]) -> list[dict[str, Any]]:
     """Accuracy with all modalities and with each alone, whole and pruned."""
     blanks = Blanks(network.module, batches_of(network.module, network.calibration))
@@ -130,15 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=pathlib.Path, default=pathlib.Path("../shared/data"), metavar="FOLDER")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, metavar="SHARE")
     parser.add_argument("--measures", nargs="+", choices=MEASURES, default=MEASURES)
-    parser.add_argument("--scaled", action="store_true", help="only the network with smaller weights in one tower")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE")
     options = parser.parse_args(arguments)
     try:
         prepare_robust(options.folder, options.data)
-        network = Network.load(options.folder, NAME)
-        rows = [] if options.scaled else compare(network, options.shares, options.measures)
-        print("the same, with smaller weights in the picture tower", flush=True)
-        rows += compare(scaled_down(network), SHARES[:1], MEASURES[:1])
+        rows = compare(Network.load(options.folder, NAME), options.shares, options.measures)
     except MmoptError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
