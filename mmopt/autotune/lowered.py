@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import tvm
-from tvm import tirx
+from tvm import sym, tirx
 from tvm.ir import Expr
 
 from mmopt.autotune.database import Parameters, identity
 from mmopt.autotune.space import Space
 from mmopt.backends.cpu.choosing import TYPICAL, Chooser
 from mmopt.backends.cpu.emit import Kernel
-from mmopt.backends.expressions import simplify, variables
+from mmopt.backends.expressions import variables
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions
@@ -121,6 +121,7 @@ def _size(name: str) -> int:
 
 def _known(extent: Expr, sizes: Mapping[Expr, int]) -> int:
     """An extent with symbols replaced; others than the kernel's own are typical, too."""
-    names = {v: tirx.const(sizes.get(v, _size(str(v.name))), "int64") for v in variables(extent)}
-    value = simplify(tirx.stmt_functor.substitute(extent, names)) if names else extent
-    return int(value.value)
+    analyzer = sym.Analyzer()
+    for v in variables(extent):
+        analyzer.bind(v, tirx.const(sizes.get(v, _size(str(v.name))), "int64"))
+    return int(analyzer.simplify(extent).value)

@@ -51,6 +51,19 @@ def product(rows: int = 40, depth: int = 32, columns: int = 64) -> mmopt.Module:
     return mmopt.optimize(mmopt.Module(ir.Model(graph, ir_version=10)), validate="off").module
 
 
+def test_sizes_known_at_run_time_are_typical_ones(tmp_path: pathlib.Path) -> None:
+    """A batch is one when kernels are measured."""
+    module = mmopt.load(two_layers(tmp_path / "model.onnx"))
+    model = LoweredModel({"main": module}, load_profile("x86-64-v3"))
+    assert model.spaces
+    for key, space in model.spaces.items():
+        for code in model.kernels(key, space.predicted.parameters):
+            assert {"symbol": 1} in code.arguments
+            results = [a["shape"] for a in code.arguments if a.get("role") == "output"]
+            assert results
+            assert all(shape[0] == 1 for shape in results)
+
+
 @pytest.fixture(scope="module")
 def profile() -> Profile:
     return load_profile("cpu")
