@@ -40,6 +40,7 @@ _CLOSE = 0.06
 _GUESSES = 5
 """Shares that are predicted before one is compiled and measured."""
 
+_STEP = 0.01
 _SAME = 0.004
 """Shares nearer than this are the same."""
 
@@ -187,6 +188,11 @@ def share_for_speedup(
         bench.add(cuts.module(0.0))
         for round_ in range(_ROUNDS):
             share = cuts.share_predicted(bench, speedup, tried)
+            same = [known for known, ratio in tried if cuts.sizes(known) == cuts.sizes(share) and ratio < speedup]
+            if same:
+                share = cuts.beyond(max(same))
+            if any(cuts.sizes(known) == cuts.sizes(share) for known, _ in tried):
+                break  # no size lies between what is too slow and what is fast enough
             progress(round_, _ROUNDS, f"cut {share:.0%} and measure")
             ratio = bench.add(cuts.module(share))
             tried.append((share, ratio))
@@ -230,6 +236,7 @@ class _Cuts:
         if isinstance(samples, str):
             samples = made_up(start, seed)
         self._start = start
+        self._sizes: dict[float, dict[str, int]] = {}
         self._plan = prune.plan(start, PassContext(target, seed, samples, predict=predictor(target)))
 
     def module(self, share: float) -> Module:
@@ -239,10 +246,31 @@ class _Cuts:
             UserError: That is more than can be cut.
         """
         cut = self._start.clone()
-        keep = self._plan.keep(self._plan.sizes({None: share})) if share else {}
+        keep = self._plan.keep(self.sizes(share)) if share else {}
         if keep:
             cut_units(cut, self._plan.groups, keep)
         return optimize(cut, target=self._target, recipe=self._after, **self._options).module
+
+    def sizes(self, share: float) -> dict[str, int]:
+        """Units that stay of each group without ``share`` of the cost.
+
+        Raises:
+            UserError: That is more than can be cut.
+        """
+        if share not in self._sizes:
+            self._sizes[share] = self._plan.sizes({None: share})
+        return self._sizes[share]
+
+    def beyond(self, share: float) -> float:
+        """The next share, in steps of a hundredth, that makes a difference.
+
+        Raises:
+            UserError: That is more than can be cut.
+        """
+        more = share + _STEP
+        while self.sizes(more) == self.sizes(share):
+            more += _STEP
+        return more
 
     def share_predicted(self, bench: _Bench, speedup: float, tried: Sequence[tuple[float, float]]) -> float:
         """The share at which the model is predicted to be ``speedup`` times faster, by what was measured so far."""
