@@ -117,7 +117,7 @@ def _branch(g: _Grower, x: ir.Value) -> ir.Value:
         wanted = g.data.draw(st.sampled_from([8, 8, 12, 16]))
         x = g.b.op("Conv", x, g.weight(wanted, channels, 3, 3), g.weight(wanted), pads=[1, 1, 1, 1])
         channels = wanted
-        x = g.b.op(g.data.draw(st.sampled_from(["Relu", "Sigmoid", "Identity", "Exp"])), x)
+        x = g.b.op(g.data.draw(st.sampled_from(["Relu", "Sigmoid", "Identity", "Softplus"])), x)
         g.values.append(x)
     features = g.b.op("ReduceMean", x, g.b.constant([2, 3]), keepdims=0)
     first = g.b.op("Gemm", features, g.weight(channels, 6), g.weight(6))
