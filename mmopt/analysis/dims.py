@@ -154,7 +154,8 @@ def _render(terms: dict[Monomial, int]) -> str:
     ordered.insert(0, ordered.pop(first))
     text = ""
     for monomial, factor in ordered:
-        alone = len(monomial) == 1 and abs(factor) == 1
+        # Python reads -a//2 as (-a)//2, but 1 - a//2 as 1 - (a//2).
+        alone = len(monomial) == 1 and (factor == 1 or (factor == -1 and text != ""))
         factors = [f"({atom.text})" if atom.op == "//" and not alone else atom.text for atom in monomial]
         if abs(factor) > 1 or not monomial:
             factors.insert(0, str(abs(factor)))

@@ -51,7 +51,7 @@ class Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="mmopt-bench-")
         self._log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115 (closed with the worker)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mmopt.bench.worker"],
+            [sys.executable, "-u", "-m", "mmopt.bench.worker"],  # what a dying process printed is not lost
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -12,7 +12,7 @@ import pytest
 from mmopt.errors import PassError
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
-from mmopt.transforms.canonicalize import Canonicalize
+from mmopt.transforms.canonicalize import Canonicalize, MergeReshapes
 from mmopt.transforms.canonicalize.rewriting import Rewriter, Rule, RulePass
 from tests.canonical import assert_same, check, evaluate, inputs_for, module_from, ops
 from tests.scale import GraphBuilder, scale_model
@@ -55,6 +55,17 @@ def test_one_finding_leads_to_the_next() -> None:
     context = check(Canonicalize(), module)
     assert ops(module) == ["Exp", "Add"]
     assert {"simplify-control-flow", "eliminate-common-subexpressions"} <= {remark.source for remark in context.remarks}
+
+
+def test_the_only_user_left_is_looked_at_again() -> None:
+    """Of two that read r, the second goes; the first, which was seen before that, can then join r."""
+    module = module_from(
+        "g (float[2,3] x) => (float[1,6] y, float[2,3] z)"
+        " <int64[1] flat = {6}, int64[2] back = {2, 3}, int64[1] zero = {0}> {"
+        " r = Reshape(x, flat) u = Unsqueeze(r, zero) y = Relu(u) c = Reshape(r, back) z = Exp(c) }"
+    )
+    check(MergeReshapes(), module)
+    assert "Unsqueeze" not in ops(module)
 
 
 def test_generated_model_loses_what_an_exporter_left_and_no_bit() -> None:

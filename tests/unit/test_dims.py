@@ -64,6 +64,11 @@ def test_cancels_to_numbers() -> None:
     assert dims.product([SEQ, 0]) == 0
 
 
+def test_a_leading_minus_is_read_back_as_it_was_meant() -> None:
+    for size in (-(SEQ // 2), BATCH - SEQ // 2, -(SEQ // 2) - BATCH, -2 * (SEQ // 3)):
+        assert parse_dim(str(size)) == size
+
+
 def test_bounds_hold_for_empty_sizes_too() -> None:
     assert dims.at_least(SEQ, 0)
     assert not dims.at_least(SEQ, 1)

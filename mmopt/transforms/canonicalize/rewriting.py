@@ -117,11 +117,11 @@ class Rewriter:
 
     def drop(self, node: ir.Node) -> None:
         """Erase a node that nobody needs."""
-        for value in node.inputs:
-            if value is not None:
-                self._touch(value.producer())
+        read = [value for value in node.inputs if value is not None]
         self._queued.discard(node)
         editing.erase([node])
+        for value in read:
+            self._lost_user(value)
 
     def emit(
         self,
@@ -154,9 +154,10 @@ class Rewriter:
         """Change what ``node`` reads."""
         old = node.inputs[index]
         node.replace_input_with(index, value)
-        for end in (old, value):
-            if end is not None:
-                self._touch(end.producer())
+        if old is not None:
+            self._lost_user(old)
+        if value is not None:
+            self._touch(value.producer())
         self.changed(node)
 
     def changed(self, node: ir.Node) -> None:
@@ -209,6 +210,12 @@ class Rewriter:
         if node is not None and node.op_type in self._rules and node not in self._queued:
             self._queued.add(node)
             self._queue.append(node)
+
+    def _lost_user(self, value: ir.Value) -> None:
+        """Have those looked at again who may do more with a value that fewer read: its producer and an only user."""
+        self._touch(value.producer())
+        if len(value.uses()) == 1:
+            self._touch_users(value)
 
     def _touch_users(self, value: ir.Value) -> None:
         for user, _ in value.uses():
