@@ -15,7 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tvm
@@ -208,11 +208,18 @@ def sheets(records: Sequence[dict[str, Any]]) -> Iterator[Sheet]:
         yield Sheet(", ".join(key), ("layer", "instructions", "multiplies", "of one", "pipes busy"), rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.arm", description=__doc__.split("\n")[0])
+def parser_for(script: str, description: str, precisions: Iterable[str]) -> argparse.ArgumentParser:
+    """Options of a script that goes through layers of models for Arm processors.
+
+    Args:
+        script: Its name in this folder.
+        description: Its docstring.
+        precisions: What it looks at unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{script}", description=description.split("\n")[0])
     parser.add_argument("--models", default="bert-base,resnet-50", metavar="NAMES", help=f"of {', '.join(MODELS)}")
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="NAMES", help="with commas (%(default)s)")
-    parser.add_argument("--precision", default=",".join(BARS), metavar="NAMES", help="with commas (%(default)s)")
+    parser.add_argument("--precision", default=",".join(precisions), metavar="NAMES", help="with commas (%(default)s)")
     parser.add_argument("--limit", type=int, metavar="N", help="layers of each model at most")
     parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything as JSON")
     return parser
@@ -220,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables. Gives 7 when a mean misses what it has to be."""
-    options = _parser().parse_args(arguments)
+    options = parser_for("arm", __doc__, BARS).parse_args(arguments)
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
         version = subprocess.run([predictor(), "--version"], capture_output=True, text=True, check=True).stdout

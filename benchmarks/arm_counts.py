@@ -7,7 +7,6 @@ target's instruction does, and nothing else.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from benchmarks.arm import compiled, kernel_of
+from benchmarks.arm import compiled, kernel_of, parser_for
 from benchmarks.zoo.layers import MODELS, Layer
 from mmopt.backends.cpu.dot import dot_for
 from mmopt.backends.linking import Zig, run_zig
@@ -33,7 +32,6 @@ from mmopt.bench.render import Sheet
 from mmopt.errors import MmoptError, UserError
 
 SCHEMA_VERSION = 1
-TARGETS = ("cortex-a76", "neoverse-n1")
 PROCESSORS = {"neoverse-v1": "max,sve=off", "armv8.0": "cortex-a53", "armv8.2": "cortex-a76"}
 """QEMU's name of the processor for a target, where it is not the same."""
 
@@ -164,19 +162,9 @@ def sheets(records: Sequence[dict[str, Any]]) -> Iterator[Sheet]:
         yield Sheet(", ".join(key), ("layer", "instructions", "ideal", "of one"), rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.arm_counts", description=__doc__.split("\n")[0])
-    parser.add_argument("--models", default="bert-base,resnet-50", metavar="NAMES", help=f"of {', '.join(MODELS)}")
-    parser.add_argument("--targets", default=",".join(TARGETS), metavar="NAMES", help="with commas (%(default)s)")
-    parser.add_argument("--precision", default="fp32,int8", metavar="NAMES", help="with commas (%(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help="layers of each model at most")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write everything as JSON")
-    return parser
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables. Gives 7 when a mean is above :data:`MOST`."""
-    options = _parser().parse_args(arguments)
+    options = parser_for("arm_counts", __doc__, ("fp32", "int8")).parse_args(arguments)
     out = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
         models, targets, precisions = (
