@@ -27,6 +27,7 @@ UNSUPPORTED = {
     ("encoder-layer", "torchscript"): "the exporter lacks the fused encoder layer",
     ("siglip", "torchscript 12"): "the exporter has aten::unflatten from opset 13 on",
     ("swin", "dynamo 18 dynamic"): "the export has the batch of its example baked in",
+    ("gemma2", "sdpa"): "torch's operator does not cap scores, and transformers does without it",
 }
 
 
@@ -261,9 +262,9 @@ ARCHITECTURES = {
 """By name; layers are two of each, with a layer for every part that the real model has."""
 
 
-def unsupported(name: str, exporter: str, opset: int, dynamic: bool) -> str:
+def unsupported(name: str, exporter: str, opset: int, implementation: str, dynamic: bool) -> str:
     """Why ``name`` cannot be exported so, or "" where it can."""
-    ways = (exporter, f"{exporter} {opset}", f"{exporter} {opset} dynamic" if dynamic else "")
+    ways = (implementation, exporter, f"{exporter} {opset}", f"{exporter} {opset} dynamic" if dynamic else "")
     return next((reason for (model, way), reason in UNSUPPORTED.items() if model == name and way in ways), "")
 
 

@@ -71,8 +71,7 @@ def found(name: str, spelling: tuple[str, int, str, bool], folder: pathlib.Path)
 def test_every_module_is_found(name: str, spelling: tuple[str, int, str, bool], tmp_path: pathlib.Path) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    exporter, opset, _, dynamic = spelling
-    if reason := unsupported(name, exporter, opset, dynamic):
+    if reason := unsupported(name, *spelling):
         pytest.skip(reason)
     assert found(name, spelling, tmp_path) == ARCHITECTURES[name].expected()
 
@@ -84,7 +83,7 @@ def _report() -> None:
     for name, architecture in ARCHITECTURES.items():
         cells = []
         for spelling in SPELLINGS:
-            if unsupported(name, spelling[0], spelling[1], spelling[3]):
+            if unsupported(name, *spelling):
                 cells.append("–")
                 continue
             with tempfile.TemporaryDirectory() as folder:
