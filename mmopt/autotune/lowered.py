@@ -12,14 +12,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import tvm
-from tvm import sym, tirx
-from tvm.ir import Expr
 
 from mmopt.autotune.database import Parameters, identity
 from mmopt.autotune.space import Space
-from mmopt.backends.cpu.choosing import TYPICAL, Chooser
+from mmopt.backends.cpu.choosing import Chooser, plausible, plausible_size
 from mmopt.backends.cpu.emit import Kernel
-from mmopt.backends.expressions import variables
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
 from mmopt.lowering.compiler import CompileOptions
@@ -101,27 +98,14 @@ class LoweredModel:
 
 
 def _code(kernel: Kernel, calls: int) -> KernelCode:
-    sizes = {symbol: _size(str(symbol.name)) for symbol in kernel.symbols}
+    sizes = {symbol: plausible_size(str(symbol.name)) for symbol in kernel.symbols}
     arguments: list[dict[str, Any]] = []
     for source in kernel.sources:
         role = "weight" if isinstance(source, ConstantSource) else "input"
-        arguments.append({"role": role, "dtype": source.dtype, "shape": [_known(d, sizes) for d in source.shape]})
+        arguments.append({"role": role, "dtype": source.dtype, "shape": [plausible(d, sizes) for d in source.shape]})
     arguments += [{"symbol": size} for size in sizes.values()]
     for output in kernel.outputs:
-        shape = [_known(d, sizes) for d in output.shape]
+        shape = [plausible(d, sizes) for d in output.shape]
         arguments.append({"role": "output", "dtype": output.dtype, "shape": shape})
     function = kernel.function.with_attr("global_symbol", "kernel")
     return KernelCode(tvm.ir.save_json(function), arguments, calls)
-
-
-def _size(name: str) -> int:
-    """A plausible value of a symbolic extent."""
-    return 1 if "batch" in name.lower() or name in ("N", "n", "b", "B") else TYPICAL
-
-
-def _known(extent: Expr, sizes: Mapping[Expr, int]) -> int:
-    """An extent with symbols replaced; others than the kernel's own are typical, too."""
-    analyzer = sym.Analyzer()
-    for v in variables(extent):
-        analyzer.bind(v, tirx.const(sizes.get(v, _size(str(v.name))), "int64"))
-    return int(analyzer.simplify(extent).value)

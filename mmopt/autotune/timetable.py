@@ -3,7 +3,7 @@
 Templates predict which of two sizes is faster better than how fast it is: caches, threads and short loops take their
 part. So a kernel takes what its template predicts, times what was measured over what was predicted of the kernels most
 like it: of the same template, operands and number formats, the nearest sizes counting most. What is between kernels
-(the caller, the virtual machine) is taken as it was measured.
+(the caller, memory, threads that wait for each other) is a constant and a share of what the kernels take, as measured.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from mmopt.backends.profile import Profile
 from mmopt.ir.module import Module
@@ -62,8 +63,8 @@ class _Likeness:
         workload = str(record.get("workload", ""))
         dims = dict(_DIM.findall(workload))
         sizes = {name: math.log2(1 + int(text)) for name, text in dims.items() if text.isdigit()}
-        if not workload and record.get("bytes"):
-            sizes = {"bytes": math.log2(1 + int(record["bytes"]))}
+        if not workload and (moved := _moved(record)):
+            sizes = {"bytes": math.log2(1 + moved)}
         kind = [f"{name}={text}" for name, text in dims.items() if not text.isdigit()]
         ragged = {name for name in _CHANNELS if dims.get(name, "?").isdigit() and int(dims[name]) % _LANES}
         vectors = int(record.get("choice", {}).get("vectors", 0))
@@ -79,20 +80,25 @@ class _Likeness:
 
 
 class TimeTable:
-    """What kernels take, learned from runs of models.
-
-    Attributes:
-        between: Seconds of a run that are not spent in kernels.
-    """
+    """What kernels take, learned from runs of models."""
 
     def __init__(self) -> None:
         self._known: list[tuple[_Likeness, float]] = []
-        self._between: list[float] = []
+        self._runs: list[tuple[float, float]] = []
 
-    @property
-    def between(self) -> float:
-        """Seconds of a run that are not spent in kernels."""
-        return statistics.median(self._between) if self._between else 0.0
+    def between(self, seconds: float) -> float:
+        """Seconds of a run that are not spent in kernels: a constant, and a share of what its kernels take.
+
+        The constant is for calling; the share for waiting at the ends of kernels and for memory, both of which grow
+        with them. They are fitted to the models that were measured, neither being below 0.
+
+        Args:
+            seconds: What the kernels take.
+        """
+        if not self._runs:
+            return 0.0
+        constant, share = _line(self._runs)
+        return constant + share * seconds
 
     def learn(self, kernels: Iterable[Record], measured: ModelTime) -> None:
         """Take the times of one model in.
@@ -107,7 +113,8 @@ class TimeTable:
             if found is not None and found.seconds > 0:
                 each = found.seconds / found.calls
                 self._known.append((_Likeness.of(record), math.log(each / _cycles(record))))
-        self._between.append(max(0.0, measured.seconds - sum(kernel.seconds for kernel in measured.kernels)))
+        spent = sum(kernel.seconds for kernel in measured.kernels)
+        self._runs.append((spent, max(0.0, measured.seconds - spent)))
 
     def observe(self, session: Session, inputs: Mapping[str, Any]) -> ModelTime:
         """Measure the kernels of a loaded artifact and take them in; see :func:`mmopt.runtime.profiling.time_kernels`.
@@ -122,7 +129,8 @@ class TimeTable:
 
     def seconds(self, kernels: Iterable[Record]) -> float:
         """The time of one run of a model with these kernels."""
-        return self.between + sum(self._seconds_of(record) * int(record["calls"]) for record in kernels)
+        spent = sum(self._seconds_of(record) * int(record["calls"]) for record in kernels)
+        return spent + self.between(spent)
 
     def predict(self, module: Module, profile: Profile) -> float:
         """The time of one run of a module, in seconds, without generating code for it.
@@ -149,7 +157,24 @@ class TimeTable:
 def _cycles(record: Record) -> float:
     """Cycles as the template predicts them, or as the data that is moved suggests."""
     predicted = float(record.get("cycles", 0.0))
-    return predicted or _CALL + _BYTE * int(record.get("bytes") or 0)
+    return predicted or _CALL + _BYTE * _moved(record)
+
+
+def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Constant and slope, neither below 0, of the line nearest to points (x, y); level through a single one."""
+    x, y = (np.array(column) for column in zip(*points, strict=True))
+    if np.ptp(x) <= 1e-6 * x.max():
+        return float(y.mean()), 0.0
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    constant = float(y.mean() - slope * x.mean())
+    if slope < 0:
+        return float(y.mean()), 0.0
+    return (constant, slope) if constant >= 0 else (0.0, float((x * y).sum() / (x * x).sum()))
+
+
+def _moved(record: Record) -> int:
+    """Bytes that a kernel reads and writes; with plausible sizes where they are known only at run time."""
+    return int(record.get("bytes") or record.get("plausible_bytes") or 0)
 
 
 def within(predicted: Sequence[float], measured: Sequence[float], part: float) -> float:

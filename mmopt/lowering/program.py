@@ -13,7 +13,7 @@ from tvm import relax, tirx
 from tvm.ir import GlobalVar
 
 from mmopt.backends.compute import LoopNest, Reduction, Tensor
-from mmopt.backends.cpu.choosing import Chooser
+from mmopt.backends.cpu.choosing import Chooser, plausible
 from mmopt.backends.cpu.emit import Kernel
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
@@ -80,7 +80,7 @@ class ProgramBuilder:
         self._names.add(name)
         if name not in self.kernels:
             described = self._description(emitter.plan.stages)
-            self.kernels[name] = {"name": name, "calls": 0, "bytes": _traffic(kernel), **described}
+            self.kernels[name] = {"name": name, "calls": 0, **_traffic(kernel), **described}
             self.built[name] = kernel
         self.kernels[name]["calls"] += 1
         return handle, kernel
@@ -208,11 +208,10 @@ def _packed_alike(form: Widened, pack: Callable[[np.ndarray], np.ndarray], want:
     return Widened(integers, scales, form.bits)
 
 
-def _traffic(kernel: Kernel) -> int | None:
-    """Bytes of everything a kernel reads and writes, each once, when that is known."""
-    total = 0
-    for tensor in (*kernel.sources, *kernel.outputs):
-        if not all(isinstance(extent, tirx.IntImm) for extent in tensor.shape):
-            return None
-        total += math.prod(int(extent.value) for extent in tensor.shape) * itemsize(tensor.dtype)
-    return total
+def _traffic(kernel: Kernel) -> dict[str, int | None]:
+    """Bytes of everything a kernel reads and writes, each once: as they are known, and with plausible sizes."""
+    tensors = (*kernel.sources, *kernel.outputs)
+    total = sum(math.prod(map(plausible, tensor.shape)) * itemsize(tensor.dtype) for tensor in tensors)
+    if all(isinstance(extent, tirx.IntImm) for tensor in tensors for extent in tensor.shape):
+        return {"bytes": total}
+    return {"bytes": None, "plausible_bytes": total}

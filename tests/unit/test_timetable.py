@@ -29,7 +29,7 @@ def test_what_was_measured_comes_back() -> None:
     records = [product("small", 16, 100.0, calls=3), product("large", 1024, 9000.0)]
     table = TimeTable()
     table.learn(records, measured(50e-6, small=(3, 9e-6), large=(1, 31e-6)))
-    assert table.between == pytest.approx(10e-6)
+    assert table.between(0.0) == pytest.approx(10e-6)
     assert table.seconds(records) == pytest.approx(50e-6, rel=0.01)
     assert table.seconds(records[:1]) == pytest.approx(19e-6, rel=0.01)
 
@@ -70,6 +70,37 @@ def test_what_has_no_prediction_goes_by_what_it_moves() -> None:
     assert 1e-6 < middle < 2e-6
 
 
+@pytest.mark.parametrize(
+    ("between", "expected"),
+    [
+        ((10e-6, 20e-6), 15e-6),  # a constant of 0 and a tenth of the kernels
+        ((15e-6, 20e-6), 17.5e-6),
+        ((20e-6, 10e-6), 15e-6),  # no share of the kernels is below 0
+        ((4e-6, 20e-6), 13.2e-6),  # and no constant
+    ],
+)
+def test_what_is_between_kernels_is_a_constant_and_a_share_of_them(
+    between: tuple[float, float], expected: float
+) -> None:
+    table = TimeTable()
+    for spent, rest in zip((100e-6, 200e-6), between, strict=True):
+        table.learn([], measured(spent + rest, all=(1, spent)))
+    assert table.between(150e-6) == pytest.approx(expected, rel=1e-3)
+
+
+def test_sizes_that_are_known_at_run_time_only_count_as_plausible() -> None:
+    """Two kernels that move data, of a model with a symbolic batch: what a third takes depends on what it moves."""
+    records = [
+        {"name": name, "template": "elementwise", "calls": 1, "bytes": None, "plausible_bytes": size}
+        for name, size in (("small", 1000), ("large", 100000))
+    ]
+    table = TimeTable()
+    table.learn(records, measured(0.0, small=(1, 1e-6), large=(1, 20e-6)))
+    new = {"name": "new", "template": "elementwise", "calls": 1, "bytes": None}
+    assert table.seconds([{**new, "plausible_bytes": 100000}]) == pytest.approx(20e-6, rel=0.05)
+    assert table.seconds([{**new, "plausible_bytes": 1000}]) == pytest.approx(1e-6, rel=0.05)
+
+
 def test_a_table_without_measurements_predicts_nothing() -> None:
     assert TimeTable().seconds([product("a", 16, 100.0)]) == 0.0
 
@@ -82,9 +113,9 @@ def test_a_model_whose_kernels_are_known_is_predicted_as_measured(tmp_path: path
     with compiled(module, profile, Chooser(), tmp_path / "m.mmopt", 1) as session:
         found = table.observe(session, inputs)
     assert len(found.kernels) >= 3
-    assert table.between > 0
+    assert table.between(0.0) > 0
     kernels = sum(kernel.seconds for kernel in found.kernels)
-    assert table.predict(module, profile) == pytest.approx(table.between + kernels, rel=0.05)
+    assert table.predict(module, profile) == pytest.approx(table.between(kernels) + kernels, rel=0.05)
 
 
 def test_share_of_predictions_near_enough() -> None:

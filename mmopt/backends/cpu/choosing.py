@@ -18,8 +18,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
-from tvm import tirx
+from tvm import sym, tirx
 from tvm.ir import Expr
+
+from mmopt.backends.expressions import variables
 
 Parameter = int | str | bool
 
@@ -159,3 +161,25 @@ class Chooser:
     def choices(self) -> list[Choice]:
         """All choices made, in order of the first request."""
         return list(self._choices.values())
+
+
+def plausible_size(name: str) -> int:
+    """What an extent of that name may be at run time: 1 for a batch, else typical."""
+    return 1 if "batch" in name.lower() or name in ("N", "n", "b", "B") else TYPICAL
+
+
+def plausible(extent: Expr, sizes: Mapping[Expr, int] | None = None) -> int:
+    """An extent with plausible sizes for what is known only at run time.
+
+    Args:
+        extent: A number or an expression.
+        sizes: Sizes of some of its variables.
+    """
+    if isinstance(extent, tirx.IntImm):
+        return int(extent.value)
+    analyzer = sym.Analyzer()
+    for variable in variables(extent):
+        size = (sizes or {}).get(variable, plausible_size(str(variable.name)))
+        analyzer.bind(variable, tirx.const(size, "int64"))
+    found = analyzer.simplify(extent)
+    return int(found.value) if isinstance(found, tirx.IntImm) else TYPICAL
