@@ -134,6 +134,61 @@ def test_convolutions_of_signed_numbers_have_no_zero_point_elsewhere(portable: b
     assert any(zero is not None and zero.dtype == np.uint8 for zero in behind), "rectified numbers use all 8 bits"
 
 
+def averaged(mean: str = "m = ReduceMean<keepdims=1>(r, a)") -> Module:
+    """A convolution, its mean over the image, and a layer that reads that."""
+    text = "float[1,16,16,16] x, float[32,16,3,3] v, float[32] c, float[32,24] w, float[24] b"
+    body = f"d = Conv<pads=[1,1,1,1]>(x, v, c) r = Relu(d) {mean} f = Reshape(m, s) g = Gemm(f, w, b) y = Relu(g)"
+    constants = "<int64[2] a = {2, 3}, int64[2] s = {1, 32}>"
+    module = module_from(f"g ({text}) => (float[1,24] y) {constants} {{ {body} }}", opset=21)
+    module = weights(module, v=(32, 16, 3, 3), c=(32,), w=(32, 24), b=(24,))
+    InferShapes().run(module, PassContext())
+    return module
+
+
+MEANS = ["m = ReduceMean<keepdims=1>(r, a)", "m = GlobalAveragePool(r)"]
+
+
+class TestMeans:
+    @pytest.mark.parametrize("mean", MEANS)
+    def test_other_runtimes_average_integers(self, mean: str, tmp_path: pathlib.Path) -> None:
+        module, x = averaged(mean), {"x": images(1, 5)[0]}
+        want = evaluate(module, x)["y"]
+        assert QuantizeStatic(portable=True).run(module, PassContext(inputs={"x": images()}))
+        assert [problem for problem in verify(module) if problem.severity == "error"] == []
+        (node,) = (node for node in module.graph if node.op_type == "GlobalAveragePool")
+        assert node.inputs[0].producer().op_type == "DequantizeLinear"  # type: ignore[union-attr]
+        assert [use.node.op_type for use in node.outputs[0].uses()] == ["QuantizeLinear"]
+        ir.save(module.model, tmp_path / "m.onnx")
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "o.onnx")
+        options.log_severity_level = 4
+        session = onnxruntime.InferenceSession(tmp_path / "m.onnx", options, providers=["CPUExecutionProvider"])
+        operators = [node.op_type for node in ir.load(tmp_path / "o.onnx").graph]
+        assert "QLinearGlobalAveragePool" in operators
+        assert operators.count("QuantizeLinear") == 1, "the input's"
+        assert np.abs(session.run(None, x)[0] - want).max() < 0.02 * np.abs(want).max()
+
+    def test_the_native_kernels_average_floats(self) -> None:
+        module = averaged()
+        assert QuantizeStatic().run(module, PassContext(inputs={"x": images()}))
+        (node,) = (node for node in module.graph if node.op_type == "ReduceMean")
+        assert node.inputs[0].producer().op_type == "Relu"  # type: ignore[union-attr]
+
+    @pytest.mark.parametrize(
+        "mean",
+        [
+            "n = ReduceMean<keepdims=1>(r, a) m = Exp(n)",  # something else reads it
+            "n = ReduceMean<keepdims=1>(r) m = Expand(n, s)",  # not over the image alone
+            "e = Exp(r) p = GlobalMaxPool(e) n = GlobalAveragePool(r) m = Mul(n, p)",
+        ],
+    )
+    def test_what_is_left_alone(self, mean: str) -> None:
+        module = averaged(mean)
+        assert QuantizeStatic(portable=True).run(module, PassContext(inputs={"x": images()}))
+        node = next(node for node in module.graph if node.op_type in ("ReduceMean", "GlobalAveragePool"))
+        assert node.inputs[0].producer().op_type != "DequantizeLinear"  # type: ignore[union-attr]
+
+
 def test_an_emitted_model_is_quantized_for_others() -> None:
     samples = {"x": tokens()}
     emitted = mmopt.optimize(attention(), precision="int8", samples=samples, target="", validate="off").module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from tvm import tirx
@@ -13,11 +14,20 @@ from tvm.tirx import Stmt
 from mmopt.backends.compute import Map, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, Workload, dim, typical
 from mmopt.backends.cpu.intrinsics import sigmoid_quotient, tanh_quotient
+from mmopt.backends.cpu.kernels import recurrent_dot
 from mmopt.backends.cpu.kernels.recurrent import BLOCK, Cell, Point, Recurrence, candidates
 from mmopt.backends.cpu.kernels.tile import lanes_of
 from mmopt.backends.cpu.loops import i64, keep, seq, static
 from mmopt.lowering.ops.casting import converted
 from mmopt.lowering.ops.matmul import product_of
+from mmopt.lowering.ops.recurrent_narrow import (
+    byte_rows,
+    integer_product,
+    is_zero,
+    packed_rows,
+    projected_integers,
+    state_step,
+)
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value
 
@@ -97,6 +107,7 @@ class _Layer:
     def __init__(self, node: OpNode, gates: int, defaults: Sequence[str]) -> None:
         self.node, self.gates = node, gates
         x, self.w, self.r = node.input(0), stored(node, node.input(1)), stored(node, node.input(2))
+        self.w_bytes, self.r_bytes = byte_rows(node.input(1)), byte_rows(node.input(2))
         if x.dtype not in ("float32", "float64"):
             raise NotLowered(f"recurrent operator in {x.dtype}")
         self.batch_first = bool(node.attr("layout", 0))
@@ -115,6 +126,15 @@ class _Layer:
         self.backward = {"forward": [False], "reverse": [True]}.get(direction, [False, True])
         self.activations = self._activations(defaults)
         self.clip = node.attr("clip")
+        self.step = self._state_step()
+
+    def _state_step(self) -> float | None:
+        """The step of the state, where products with it are of integers."""
+        profile = self.node.context.program.profile
+        if self.nest is not Recurrence or profile.kind != "cpu" or self.r_bytes is None or self.batch_first:
+            return None
+        covered = self.x.dtype == "float32" and recurrent_dot.instructions(profile)
+        return state_step(self.node.optional(5)) if covered else None
 
     def _activations(self, defaults: Sequence[str]) -> list[list[Activation]]:
         count = len(defaults)
@@ -143,7 +163,7 @@ class _Layer:
     def state(self, position: int) -> Tensor | None:
         """An initial state as ``[directions, batch, H]`` in memory."""
         value = self.node.optional(position)
-        if value is None:
+        if value is None or is_zero(value):
             return None
         return self.node.context.dense(_swap(self.node, value) if self.batch_first else value)
 
@@ -155,8 +175,10 @@ class _Layer:
         """
         context = self.node.context
         width = self.directions * self.panels * self.gates * self.lanes
-        weight = self._arranged_input_weight(width)
-        flat = product_of(self.node, self.x, weight)
+        made = None
+        if self.w_bytes is not None and context.program.templates is None:
+            made = projected_integers(self.node, self.x, self.w_bytes, self.arrange, self.gates)
+        flat = made or product_of(self.node, self.x, self._arranged_input_weight(width))
         shape = (*self.x.shape[:2], index(self.directions), index(self.panels), index(self.gates), index(self.lanes))
         if self.bias is not None:
             flat = self._with_bias(flat, biases)
@@ -251,33 +273,63 @@ class _Layer:
         if self.nest is not Recurrence:
             return None, Candidate({"rows": 1, "vectors": cell.gates}, 0.0)
         steps, batch = dim(self.x.shape[0]), dim(self.x.shape[1])
-        gates = cell.gates + cell.late
-        dims = (("steps", steps), ("batch", batch), ("directions", self.directions), ("hidden", self.hidden))
-        adds = typical(steps) * typical(batch, BLOCK) * self.directions * gates * self.hidden**2
-        workload = Workload("recurrence", (*dims, ("gates", gates), ("late", cell.late)), (self.x.dtype,), 2.0 * adds)
+        workload = self._workload("recurrence", cell, (self.x.dtype,))
         program = self.node.context.program
         offered = candidates(program.profile, self.x.dtype, cell.gates, self.hidden, batch)
         steps_each = typical(steps) * self.directions * -(-typical(batch, BLOCK) // BLOCK)
         whole = [Candidate(c.parameters, c.cycles * steps_each) for c in offered]
         return workload, program.chooser.choose(workload, whole)
 
+    def _integers(self, cell: Cell, step: float) -> tuple[dict[str, Any], Workload]:
+        """Arguments of the template for a state in integers."""
+        assert self.r_bytes is not None
+        profile, chooser = self.node.context.program.profile, self.node.context.program.chooser
+        steps, batch = dim(self.x.shape[0]), dim(self.x.shape[1])
+        workload = self._workload("recurrence_int8", cell, ("int8", "int8", "int32"))
+        offered = recurrent_dot.candidates(profile, cell.gates, self.hidden, batch, BLOCK)
+        often = typical(steps) * self.directions * -(-typical(batch, BLOCK) // BLOCK)
+        best = chooser.choose(workload, [Candidate(c.parameters, c.cycles * often) for c in offered])
+        dot = next(d for d in recurrent_dot.instructions(profile) if d.name == best["instruction"])
+        first, late = list(range(cell.gates)), list(range(cell.gates, cell.gates + cell.late))
+        given: dict[str, Any] = {
+            "r": packed_rows(self.node, self.r_bytes, self.arrange, first, best.number("vectors"), dot),
+            "late_r": packed_rows(self.node, self.r_bytes, self.arrange, late, 1, dot) if late else None,
+            "rows": best.number("rows"),
+            "integers": integer_product(self.r_bytes, self.arrange, self.hidden, cell.gates, cell.late, step, dot),
+        }
+        return given, workload
+
+    def _workload(self, name: str, cell: Cell, dtypes: tuple[str, ...]) -> Workload:
+        steps, batch, gates = dim(self.x.shape[0]), dim(self.x.shape[1]), cell.gates + cell.late
+        dims = (("steps", steps), ("batch", batch), ("directions", self.directions), ("hidden", self.hidden))
+        adds = typical(steps) * typical(batch, BLOCK) * self.directions * gates * self.hidden**2
+        return Workload(name, (*dims, ("gates", gates), ("late", cell.late)), dtypes, 2.0 * adds)
+
+    def _floats(self, cell: Cell) -> tuple[dict[str, Any], Workload | None]:
+        """Arguments of the template for a state in floats."""
+        workload, best = self._choose(cell)
+        late = list(range(cell.gates, cell.gates + cell.late))
+        given: dict[str, Any] = {
+            "r": self.recurrent(range(cell.gates), best.number("vectors")),
+            "late_r": self.recurrent(late, len(late)) if late else None,
+            "rows": best.number("rows"),
+        }
+        return given, workload
+
     def run(self, cell: Cell, x: Tensor, c0: Tensor | None, extra: Sequence[Tensor]) -> list[Value]:
         """Emit the recurrence and give Y, Y_h and, for LSTM, Y_c."""
         lengths = None if self.lengths is None else self.node.context.dense(self.lengths)
-        workload, best = self._choose(cell)
-        late = list(range(cell.gates, cell.gates + cell.late))
+        given, workload = self._floats(cell) if self.step is None else self._integers(cell, self.step)
         nest = self.nest(
             x,
-            self.recurrent(range(cell.gates), best.number("vectors")),
-            self.recurrent(late, len(late)) if late else None,
             h0=self.state(5),
             c0=c0,
             lengths=lengths,
             cell=cell,
             hidden=self.hidden,
             backward=self.backward,
-            rows=best.number("rows"),
             extra=extra,
+            **given,
         )
         nest.workload = workload
         values = [Value(result, name=self.node.name) for result in nest.results]

@@ -44,6 +44,11 @@ class Layer:
         """Name of the node."""
         return str(self.node.name)
 
+    @property
+    def weights(self) -> tuple[ir.Value, ...]:
+        """All its constants that are quantized."""
+        return (self.weight,)
+
 
 def layers(module: Module) -> Iterator[Layer]:
     """Every layer of the main graph, in order of execution."""
@@ -79,15 +84,22 @@ class Selection:
 
     def refusal(self, layer: Layer) -> str:
         """Why ``layer`` stays as it is, or "" when it is quantized."""
-        if self.kinds and layer.node.op_type not in self.kinds:
-            return f"{layer.node.op_type} was not asked for"
-        if self.include and not any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in self.include):
-            return "its name was not asked for"
-        if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in self.exclude):
-            return "its name was excluded"
+        if reason := self.unwanted(layer.node):
+            return reason
         if not self.logits and _leaves(layer.node):
             return "its result leaves the model"
         return _too_small(layer)
+
+    def unwanted(self, node: ir.Node) -> str:
+        """Why ``node`` was not asked for, or "" when it was."""
+        name = str(node.name)
+        if self.kinds and node.op_type not in self.kinds:
+            return f"{node.op_type} was not asked for"
+        if self.include and not any(fnmatch.fnmatchcase(name, pattern) for pattern in self.include):
+            return "its name was not asked for"
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude):
+            return "its name was excluded"
+        return ""
 
 
 def _too_small(layer: Layer) -> str:

@@ -9,6 +9,7 @@ A sum of two convolutions keeps the first one's result in memory until the secon
 runtimes add what two convolutions give as integers throughout, and take biases as int32 in units of the sums:
 
     Conv(x', w') + Conv(y', v')       →    Q(Conv(x', w')) + Q(Conv(y', v'))
+    Gemm(Q(Reshape(ReduceMean(x))))   →    Gemm(Q(Reshape(Q(GlobalAveragePool(Q(x))))))
     Gemm(x', w', b)                   →    Gemm(x', w', Dequantize(b'))        b' = b / (s_x · s_w) in int32
 """
 
@@ -19,12 +20,15 @@ from collections.abc import Collection, Iterator
 import numpy as np
 import onnx_ir as ir
 
-from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
+from mmopt.transforms.canonicalize.editing import axes_of, integer, is_onnx, tensor_of
 from mmopt.transforms.quantize.encoding import Array, Encoding
 from mmopt.transforms.quantize.layers import Layer
 from mmopt.transforms.quantize.qdq import Quantizer
 
 _LARGEST = 2**31 - 1
+
+_MOVING = ("Reshape", "Flatten", "Squeeze")
+"""What may stand between a mean over images and the layer that reads it."""
 
 
 def share_upwards(quantizer: Quantizer, value: ir.Value, encoding: Encoding, taken: Collection[ir.Value]) -> int:
@@ -82,6 +86,44 @@ def stored_sums(
 def _widened(value: ir.Value | None) -> bool:
     producer = None if value is None else value.producer()
     return producer is not None and is_onnx(producer, "DequantizeLinear")
+
+
+def means(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node, ir.Value]]:
+    """Means over whole images that nothing but a quantized layer reads, moved or not.
+
+    Yields:
+        The mean, as GlobalAveragePool; what reads it; what is quantized in the end.
+    """
+    for node in list(graph):
+        if not _is_image_mean(node):
+            continue
+        reader = moved = _only_reader(node.outputs[0])
+        value = node.outputs[0]
+        while moved is not None and is_onnx(moved, *_MOVING) and moved.inputs[0] is value:
+            value = moved.outputs[0]
+            moved = _only_reader(value)
+        if reader is not None and moved is not None and is_onnx(moved, "QuantizeLinear"):
+            if is_onnx(node, "ReduceMean"):  # other runtimes have integers for the one only
+                node.resize_inputs(1)
+                node.op_type = "GlobalAveragePool"
+                node.attributes.clear()
+            yield node, reader, value
+
+
+def _is_image_mean(node: ir.Node) -> bool:
+    data = node.inputs[0] if node.inputs else None
+    rank = None if data is None or data.shape is None else len(data.shape)
+    if rank != 4 or is_onnx(node, "GlobalAveragePool"):
+        return rank == 4
+    if not is_onnx(node, "ReduceMean") or not integer(node, "keepdims", 1):
+        return False
+    axes = axes_of(node)
+    return axes is not None and sorted(axis % 4 for axis in axes) == [2, 3]
+
+
+def _only_reader(value: ir.Value) -> ir.Node | None:
+    users = list(dict.fromkeys(use.node for use in value.uses()))
+    return users[0] if len(users) == 1 and not value.is_graph_output() else None
 
 
 def store_bias(quantizer: Quantizer, layer: Layer, data: Encoding, weight: Encoding) -> bool:

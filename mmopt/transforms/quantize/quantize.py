@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import fnmatch
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import ClassVar, Literal
@@ -13,11 +14,14 @@ from mmopt.analysis.towers import analyze_towers
 from mmopt.errors import UserError
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
-from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, nbytes, parameters
+from mmopt.transforms.canonicalize.editing import is_onnx
+from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, nbytes, offered, parameters
 from mmopt.transforms.quantize.calibrating import calibration_of
+from mmopt.transforms.quantize.compress_weights import Store, stores
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.quantize_static import balance
 from mmopt.transforms.quantize.recovery import recover_quantized
+from mmopt.transforms.quantize.recurrent_layers import recurrent_layers
 from mmopt.transforms.quantize.rounding import grams_wanted
 from mmopt.transforms.quantize.sensitivity import Sensitivity, measure
 
@@ -48,6 +52,8 @@ class Quantize(Pass):
         recover: Whether integers and biases of ``w8`` and ``w4`` layers are chosen once more, layer after layer, so
             that each gives what it gave in float although what it reads has changed.
         logits: Whether layers whose result leaves the model are quantized too.
+        storage: Whether ``hierarchical`` and ``mixed`` give embedding tables and recurrent weights a scheme too: they
+            count for the budget, and are stored in 8 or 4 bits as by ``compress-weights``.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -65,6 +71,7 @@ class Quantize(Pass):
     rounding: Literal["nearest", "gptq", "adaround"] = "nearest"
     recover: bool = False
     logits: bool = False
+    storage: bool = False
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Quantize; the report gets the scheme of each layer and why it has it.
@@ -79,23 +86,26 @@ class Quantize(Pass):
                 self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
             else:
                 found.append(layer)
-        if not found:
+        recurrent = [str(node.name) for node in recurrent_layers(module)] if self.preset == "full" else []
+        if not found and not recurrent:
             return False
         calibration = calibration_of(self, self.stats, module, context, gram=grams_wanted(found, self.rounding))
         if self.preset == "full" and not self.table:
             balance(module, context, calibration)
             found = [layer for layer in layers(module) if not selection.refusal(layer)]
         reference = module.clone() if self.recover else None
-        assignment = self._assignment(module, found, calibration, context)
-        assignment.update(self._from_table(found))
+        every: list[Layer | Store] = [*found, *(stores(module) if self.storage and self.preset != "full" else [])]
+        assignment = self._assignment(module, every, calibration, context)
+        assignment.update(self._from_table(every))
+        assignment.update(dict.fromkeys(recurrent, "w8a8"))
         assign(module, assignment, calibration, method=self.method, rounding=self.rounding)
         if reference is not None:
             recover_quantized(self, module, reference, context)
-        self._tell(found, assignment, context)
+        self._tell(every, assignment, context)
         return any(name != FLOAT for name in assignment.values())
 
     def _assignment(
-        self, module: Module, found: list[Layer], calibration: Calibration, context: PassContext
+        self, module: Module, found: list[Layer | Store], calibration: Calibration, context: PassContext
     ) -> dict[str, str]:
         if self.preset == "full":
             return {layer.name: "w8a8" for layer in found}
@@ -112,7 +122,7 @@ class Quantize(Pass):
         if self.by_metrics and (context.evaluation is None or not context.evaluation.limits):
             what = "there are no limits of metrics to go by"
             raise UserError(what, where=self.name, hint="give --eval module:function and --metrics")
-        fitting = [layer for layer in found if any(SCHEMES[name].fits(layer) for name in known)]
+        fitting = [layer for layer in found if offered(layer, known)]
         rest = {layer.name: FLOAT for layer in found if layer not in fitting}
         for name in rest:
             self.remark(context, "missed", name, "it stays in float: none of the schemes given fits it")
@@ -125,7 +135,7 @@ class Quantize(Pass):
     def _measured(
         self,
         module: Module,
-        found: Sequence[Layer],
+        found: Sequence[Layer | Store],
         schemes: Sequence[str],
         calibration: Calibration,
         context: PassContext,
@@ -158,22 +168,21 @@ class Quantize(Pass):
         self.remark(context, "note", "", f"chosen by the metrics of {tried} of {len(steps)} assignments")
         return dict(steps[low])
 
-    def _from_table(self, found: Sequence[Layer]) -> dict[str, str]:
+    def _from_table(self, found: Sequence[Layer | Store]) -> dict[str, str]:
         result = {}
         for entry in self.table:
             pattern, _, scheme = entry.rpartition("=")
             if scheme not in SCHEMES or not pattern:
                 raise UserError(f"{entry!r} gives no scheme", where=self.name, hint=f"PATTERN={'|'.join(SCHEMES)}")
             matching = [
-                layer for layer in found if not Selection(include=(pattern,), logits=True).refusal(layer)
-                and SCHEMES[scheme].fits(layer)
-            ]  # fmt: skip
+                layer for layer in found if fnmatch.fnmatchcase(layer.name, pattern) and SCHEMES[scheme].fits(layer)
+            ]
             if not matching:
                 raise UserError(f"no layer that {scheme} fits is called {pattern!r}", where=self.name)
             result.update({layer.name: scheme for layer in matching})
         return result
 
-    def _tell(self, found: Sequence[Layer], assignment: Mapping[str, str], context: PassContext) -> None:
+    def _tell(self, found: Sequence[Layer | Store], assignment: Mapping[str, str], context: PassContext) -> None:
         for layer in found:
             self.remark(context, "note", layer.name, f"{layer.node.op_type} in {assignment[layer.name]}")
         counts = collections.Counter(assignment[layer.name] for layer in found)
@@ -185,25 +194,31 @@ class Quantize(Pass):
 
 
 def by_place(
-    module: Module, found: Sequence[Layer], lowest: str, highest: str = "w8a8", share: float = EDGE
+    module: Module, found: Sequence[Layer | Store], lowest: str, highest: str = "w8a8", share: float = EDGE
 ) -> dict[str, str]:
-    """``highest`` at the ends of each tower and outside of towers, ``lowest`` in the middle."""
+    """``highest`` at the ends of each tower and outside of towers, ``lowest`` in the middle.
+
+    Convolutions that compute in integers at the ends do so in the middle, where weights alone would mean floats.
+    """
     towers = {name: tower.name for tower in analyze_towers(module).towers for name in tower.part.nodes}
-    members: dict[str, list[Layer]] = collections.defaultdict(list)
+    members: dict[str, list[Layer | Store]] = collections.defaultdict(list)
     result = {}
     for layer in found:
-        result[layer.name] = highest if SCHEMES[highest].fits(layer) else "w8a8"
+        result[layer.name] = highest if SCHEMES[highest].fits(layer) else "w8" if isinstance(layer, Store) else "w8a8"
         if layer.name in towers:
             members[towers[layer.name]].append(layer)
     for group in members.values():
         edge = max(1, round(share * len(group)))
         for layer in group[edge:-edge]:
-            if SCHEMES[lowest].fits(layer):
+            integers = is_onnx(layer.node, "Conv") and bool(SCHEMES[highest].activation_bits)
+            if SCHEMES[lowest].fits(layer) and not integers:
                 result[layer.name] = lowest
     return result
 
 
-def within(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitivity, budget: float) -> dict[str, str]:
+def within(
+    found: Sequence[Layer | Store], schemes: Sequence[str], sensitivity: Sensitivity, budget: float
+) -> dict[str, str]:
     """The assignment with the least sum of squared errors whose weights take at most ``budget`` of those in float32.
 
     Starts with the smallest scheme everywhere and takes the step that saves most error for each byte, while it fits.
@@ -211,10 +226,7 @@ def within(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitiv
     Raises:
         UserError: Even the smallest schemes exceed the budget.
     """
-    options = {
-        layer.name: _frontier(layer, [name for name in schemes if SCHEMES[name].fits(layer)], sensitivity)
-        for layer in found
-    }
+    options = {layer.name: _frontier(layer, offered(layer, schemes), sensitivity) for layer in found}
     place = dict.fromkeys(options, 0)
     size = sum(steps[0][0] for steps in options.values())
     allowed = budget * sum(parameters(layer) * 4 for layer in found)
@@ -238,12 +250,11 @@ def within(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitiv
         size += more
 
 
-def steps_upwards(found: Sequence[Layer], schemes: Sequence[str], sensitivity: Sensitivity) -> Iterator[dict[str, str]]:
+def steps_upwards(
+    found: Sequence[Layer | Store], schemes: Sequence[str], sensitivity: Sensitivity
+) -> Iterator[dict[str, str]]:
     """Assignments from the smallest to the closest, each one step above the one before: that with the most gain."""
-    options = {
-        layer.name: _frontier(layer, [name for name in schemes if SCHEMES[name].fits(layer)], sensitivity)
-        for layer in found
-    }
+    options = {layer.name: _frontier(layer, offered(layer, schemes), sensitivity) for layer in found}
     moves = [
         (_slope(before, after), name, place)
         for name, steps in options.items()
@@ -257,7 +268,7 @@ def steps_upwards(found: Sequence[Layer], schemes: Sequence[str], sensitivity: S
         yield dict(assignment)
 
 
-def _frontier(layer: Layer, schemes: Sequence[str], sensitivity: Sensitivity) -> list[tuple[float, float, str]]:
+def _frontier(layer: Layer | Store, schemes: Sequence[str], sensitivity: Sensitivity) -> list[tuple[float, float, str]]:
     """(bytes, error, scheme) of the schemes worth having: each larger one is closer, at a falling gain a byte."""
     points = sorted((nbytes(layer, SCHEMES[name]), sensitivity.of(layer.name, name), name) for name in schemes)
     hull: list[tuple[float, float, str]] = []

@@ -25,8 +25,9 @@ from mmopt.transforms.quantize.bias import add_to_bias, mean_error
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
-from mmopt.transforms.quantize.placement import share_upwards, store_bias, stored_sums
+from mmopt.transforms.quantize.placement import means, share_upwards, store_bias, stored_sums
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
+from mmopt.transforms.quantize.recurrent_layers import quantize_recurrent, recurrent_layers, recurrent_refusal
 from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
 from mmopt.transforms.quantize.split_channels import SplitChannels
@@ -47,12 +48,13 @@ class QuantizeStatic(Pass):
         balance: Whether ``split-channels`` and ``smooth-activations`` go first, with the same statistics. What they
             change keeps its whole range, whatever ``method`` is.
         correct_bias: Whether the mean error of rounded weights is taken out of the bias.
-        kinds: Operators to quantize; all that have integer kernels when empty.
+        kinds: Operators to quantize (``MatMul``, ``Gemm``, ``Conv``, ``LSTM``, ``GRU``); all of them when empty.
         include: Patterns of names of nodes to quantize; all when empty.
         exclude: Patterns of names of nodes to leave alone.
         logits: Whether layers whose result leaves the model are quantized too.
         portable: Whether to put pairs where other runtimes look for them: biases as int32, integers on both sides of
-            sums beside convolutions, and no zero points in what convolutions read.
+            sums beside convolutions and of means over images, no zero points in what convolutions read, and recurrence
+            in float.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -82,8 +84,8 @@ class QuantizeStatic(Pass):
         if module.opset < (BLOCKED_OPSET if self.activation_bits == 16 else 13):
             self.remark(context, "missed", "", f"opset {module.opset} is too old to quantize in")
             return False
-        chosen = self._chosen(module, context)
-        if not chosen:
+        chosen, recurrent = self._chosen(module, context), self._recurrent(module, context)
+        if not chosen and not recurrent:
             return False
         grams = grams_wanted([layer for group in chosen.values() for layer in group], self.rounding)
         calibration = calibration or calibration_of(self, self.stats, module, context, gram=grams)
@@ -92,19 +94,24 @@ class QuantizeStatic(Pass):
             chosen = self._chosen(module, PassContext())
         quantizer, names = Quantizer(module.model), Names(module.model)
         done = collections.Counter[str]()
-        for value, group in chosen.items():
+        for value in [*chosen, *(value for value in recurrent if value not in chosen)]:
+            group, readers = chosen.get(value, []), recurrent.get(value, [])
             signed = self.portable and any(is_onnx(layer.node, "Conv") for layer in group)
             encoding = self._encoding(calibration.tensors.get(str(value.name)), signed=signed)
             if encoding is None:
-                for layer in group:
-                    message = f"{layer.node.op_type} stays in float: no statistics of {value.name!r} in the calibration"
-                    self.remark(context, "missed", layer.name, message)
+                for node in (*(layer.node for layer in group), *readers):
+                    message = f"{node.op_type} stays in float: no statistics of {value.name!r} in the calibration"
+                    self.remark(context, "missed", str(node.name), message)
                 continue
-            self._quantize_group(quantizer, value, group, encoding, calibration.tensors[str(value.name)], chosen, names)
-            done.update(layer.node.op_type for layer in group)
+            self._quantize_group(quantizer, value, group, readers, encoding, calibration, chosen, names)
+            done.update(node.op_type for node in (*(layer.node for layer in group), *readers))
         self._store_sums(module, quantizer, calibration, chosen)
-        readers = [layer.weight for group in chosen.values() for layer in group]
-        if len(set(readers)) < len(readers):  # each layer has integers of its own, even where weights were shared
+        if self.portable:
+            self._store_means(module, quantizer, calibration)
+        weights = [layer.weight for group in chosen.values() for layer in group]
+        if (
+            len(set(weights)) < len(weights) or recurrent
+        ):  # each layer has integers of its own, even where weights were shared
             DeduplicateInitializers().run(module, PassContext())
         counted = ", ".join(f"{kind} ×{count}" for kind, count in done.most_common())
         origin = f"{calibration.samples} {calibration.source} samples"
@@ -116,13 +123,15 @@ class QuantizeStatic(Pass):
         quantizer: Quantizer,
         value: ir.Value,
         group: list[Layer],
+        recurrent: list[ir.Node],
         encoding: Encoding,
-        statistics: TensorStatistics,
+        calibration: Calibration,
         chosen: Mapping[ir.Value, Sequence[Layer]],
         names: Names,
     ) -> None:
-        """Quantize what the layers of a group read, and their weights and biases."""
-        quantizer.activation(value, encoding, [*(layer.node for layer in group), *_residuals(value, group)])
+        """Quantize what the layers and recurrent operators of a group read, and their weights, biases and states."""
+        statistics = calibration.tensors[str(value.name)]
+        quantizer.activation(value, encoding, [*(layer.node for layer in group), *recurrent, *_residuals(value, group)])
         share_upwards(quantizer, value, encoding, chosen)
         for layer in group:
             difference, weight = quantize_weight(quantizer, layer, statistics.gram, self.rounding)
@@ -130,6 +139,8 @@ class QuantizeStatic(Pass):
                 _correct(layer, difference, statistics, names)
             if self.portable and self.activation_bits == 8:
                 store_bias(quantizer, layer, encoding, weight)
+        for node in recurrent:
+            quantize_recurrent(quantizer, node, calibration, names)
 
     def _chosen(self, module: Module, context: PassContext) -> dict[ir.Value, list[Layer]]:
         """The layers to quantize, by what they read."""
@@ -140,6 +151,20 @@ class QuantizeStatic(Pass):
                 self.remark(context, "missed", layer.name, f"{layer.node.op_type} stays in float: {reason}")
             else:
                 chosen[layer.data].append(layer)
+        return chosen
+
+    def _recurrent(self, module: Module, context: PassContext) -> dict[ir.Value, list[ir.Node]]:
+        """The recurrent operators to quantize, by what they read: those for whose kernels the encoding is."""
+        selection = Selection(self.kinds, self.include, self.exclude, self.logits)
+        chosen: dict[ir.Value, list[ir.Node]] = collections.defaultdict(list)
+        if self.portable or self.activation_bits != 8 or module.opset < BLOCKED_OPSET:
+            return chosen
+        for node in recurrent_layers(module):
+            if reason := selection.unwanted(node) or recurrent_refusal(node):
+                self.remark(context, "missed", str(node.name), f"{node.op_type} stays in float: {reason}")
+            else:
+                assert node.inputs[0] is not None
+                chosen[node.inputs[0]].append(node)
         return chosen
 
     def _store_sums(
@@ -155,6 +180,17 @@ class QuantizeStatic(Pass):
             encoding = self._encoding(calibration.tensors.get(str(value.name)))
             if encoding is not None:
                 quantizer.activation(value, encoding, [node])
+
+    def _store_means(self, module: Module, quantizer: Quantizer, calibration: Calibration) -> None:
+        """Have means over images read and give integers, where a quantized layer follows."""
+        for node, reader, result in means(module.graph):
+            data, mean = node.inputs[0], node.outputs[0]
+            assert data is not None
+            before, after = (self._encoding(calibration.tensors.get(str(v.name))) for v in (data, result))
+            if before is not None and after is not None:
+                quantizer.activation(data, before, [node])
+                if not is_onnx(reader, "QuantizeLinear"):
+                    quantizer.activation(mean, after, [reader])
 
     def _encoding(self, statistics: TensorStatistics | None, *, signed: bool = False) -> Encoding | None:
         """How to quantize a tensor; ``signed``: without a zero point, where it has numbers of both signs."""
@@ -207,6 +243,6 @@ def _is_output(node: ir.Node) -> bool:
 
 def _residuals(value: ir.Value, group: list[Layer]) -> list[ir.Node]:
     """Sums that read ``value`` beside convolutions: they may read it quantized, so that it is stored once."""
-    if not all(is_onnx(layer.node, "Conv") for layer in group):
+    if not group or not all(is_onnx(layer.node, "Conv") for layer in group):
         return []
     return [user for user in dict.fromkeys(use.node for use in value.uses()) if is_onnx(user, "Add")]

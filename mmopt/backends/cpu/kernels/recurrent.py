@@ -23,6 +23,8 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, typical
+from mmopt.backends.cpu.dot import MicroKernel, configure_tiles, importing, release_tiles
+from mmopt.backends.cpu.kernels.recurrent_dot import STREAM, IntegerProduct, Rescaling
 from mmopt.backends.cpu.kernels.tile import LINE, RegisterTile, fetch, most_rows
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, shared, static, team, when
 from mmopt.backends.expressions import itemsize, simplify
@@ -39,9 +41,6 @@ BLOCK = 32
 
 LEAST_ROWS = 4
 """Rows of the batch worth a thread of their own."""
-
-STREAM = 32.0
-"""Bytes a cycle from the second-level cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +130,7 @@ class Recurrence(LoopNest):
     Args:
         x: ``[steps, batch, directions, panels, gates, B]``, biases added.
         r: ``[directions, panels, groups, H, gates of a group · B]`` for the first product; a narrower type will do.
+            With ``integers``, panels as :func:`mmopt.backends.cpu.dot.pack` makes them, one for each group.
         late_r: The same for the second product, or None.
         h0: Initial hidden state ``[directions, batch, H]``, or None for zeros.
         c0: Initial cell state, or None.
@@ -140,6 +140,7 @@ class Recurrence(LoopNest):
         backward: For each direction, whether it runs from the end.
         rows: Most rows of a register tile.
         extra: Further tensors the update reads (peepholes, biases of the recurrent product).
+        integers: How to multiply the state as integers, if it is to be.
     """
 
     name = "recurrence"
@@ -158,12 +159,14 @@ class Recurrence(LoopNest):
         backward: Sequence[bool],
         rows: int,
         extra: Sequence[Tensor] = (),
+        integers: IntegerProduct | None = None,
     ) -> None:
         super().__init__()
-        given = (x, r, late_r, h0, c0, lengths, *extra)
+        given = (x, r, late_r, h0, c0, lengths, *extra, *(integers.tensors if integers else ()))
         self.inputs = tuple(dict.fromkeys(t for t in given if t is not None))
         self.x, self.r, self.late_r, self.h0, self.c0, self.lengths = x, r, late_r, h0, c0, lengths
         self.cell, self.hidden, self.backward, self.rows = cell, hidden, tuple(backward), rows
+        self.integers, self.kernels = integers, dict[MicroKernel, None]()
         self.steps, self.batch = x.shape[0], x.shape[1]
         self.lanes = static(x.shape[-1]) or 1
         self.panels = static(x.shape[3]) or 1
@@ -177,12 +180,18 @@ class Recurrence(LoopNest):
     def parameters(self) -> dict[str, object]:
         """Template parameters, for reports."""
         gates = self.cell.gates + self.cell.late
-        return {"rows": self.rows, "lanes": self.lanes, "panels": self.panels, "gates": gates}
+        said: dict[str, object] = {"rows": self.rows, "lanes": self.lanes, "panels": self.panels, "gates": gates}
+        return said if self.integers is None else {"instruction": self.integers.dot.name, **said}
 
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         """Parallel over directions and blocks of the batch, or over the panels of every step."""
+        made = self._divided(kernel, sinks)
+        return importing(self.kernels, made) if self.kernels else made
+
+    def _divided(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         cores, directions = kernel.profile.cores, len(self.backward)
         each = (self.cell.gates + self.cell.late) * self.hidden * self.hidden
+        each = each // 4 if self.integers else each  # a quarter of the bytes, and of the cycles
         total = static(simplify(self.steps * self.batch * (directions * each)))
         if total is not None and total < FORK_WORK:
             return self._by_piece(sinks, 1, "serial")
@@ -230,7 +239,35 @@ class Recurrence(LoopNest):
             return seq(first, divided(lambda run, panel: run.late_product(t, panel)) if self.cell.late else None)
 
         before = [part for run in runs for part in (*run.allocations(), run.start())]
-        return seq(*before, team(loop(self.steps, step, name="t")), *(run.end() for run in runs))
+        steps = self.with_tiles(self.batch, loop(self.steps, step, name="t"))
+        return seq(*before, team(steps), *(run.end() for run in runs))
+
+    def with_tiles(self, rows: Expr, body: Stmt) -> Stmt:
+        """``body`` with AMX tiles of ``rows`` rows on the thread that runs it, where it needs some."""
+        if self.integers is None or not self.integers.dot.tiled:
+            return body
+        return seq(configure_tiles(rows), body, release_tiles())
+
+
+@dataclasses.dataclass(frozen=True)
+class _Factors:
+    """A product of a step.
+
+    Attributes:
+        weights: R, as :class:`Recurrence` has it.
+        gates: Gates it gives.
+        state: ``state(row, unit)``: an element of what R is multiplied by.
+        rescaling: How its sums become floats; None where they are some.
+    """
+
+    weights: Tensor
+    gates: int
+    state: Callable[[Expr, Expr], Expr]
+    rescaling: Rescaling | None
+
+    def vectors(self, lanes: int) -> int:
+        """Gates in a group."""
+        return (static(self.weights.shape[4]) or lanes) // lanes
 
 
 class Run:
@@ -256,10 +293,16 @@ class Run:
         self.c = tirx.decl_buffer((i64(room), i64(width)), dtype, "c") if nest.cell.cell_state else None
         self.z = tirx.decl_buffer((i64(room), i64(width)), dtype, "z") if nest.cell.late else None
         self.rh = tirx.decl_buffer((i64(room), i64(width)), dtype, "rh") if nest.cell.late else None
+        # Their integers, where products read those.
+        self.h8, self.rh8 = None, None
+        if nest.integers is not None:
+            self.h8 = nest.integers.states((2, room), width)
+            self.rh8 = nest.integers.states((room,), width) if nest.cell.late else None
 
     def allocations(self) -> list[Stmt]:
         """Memory for the states."""
-        return [tirx.AllocBuffer(b) for b in (self.h, self.c, self.z, self.rh) if b is not None]
+        rh = self.rh if self.rh8 is None else self.rh8
+        return [tirx.AllocBuffer(b) for b in (self.h, self.h8, self.c, self.z, rh) if b is not None]
 
     def whole(self) -> Stmt:
         """All steps, by one thread."""
@@ -270,7 +313,8 @@ class Run:
             late = loop(panels, lambda p: self.late_product(t, p), name="panel") if self.nest.cell.late else None
             return seq(first, late)
 
-        return seq(*self.allocations(), self.start(), loop(self.nest.steps, step, name="t"), self.end())
+        steps = self.nest.with_tiles(self.count, loop(self.nest.steps, step, name="t"))
+        return seq(*self.allocations(), self.start(), steps, self.end())
 
     def start(self) -> Stmt:
         """The states before the first step."""
@@ -284,13 +328,21 @@ class Run:
             return tirx.Select(u < nest.hidden, value, zero)
 
         def unit(i: Expr, u: Expr) -> Stmt:
-            hidden = tirx.BufferStore(self.h, initial(nest.h0, i, u), [i64(0), i, u])
+            before = initial(nest.h0, i, u)
+            hidden = seq(tirx.BufferStore(self.h, before, [i64(0), i, u]), self._rounded(before, i64(0), i, u))
             return seq(hidden, None if self.c is None else tirx.BufferStore(self.c, initial(nest.c0, i, u), [i, u]))
 
         def panel(i: Expr, p: Expr) -> Stmt:
             return loop(nest.lanes, lambda v: unit(i, p * nest.lanes + v), "vectorized", "v")
 
         return loops([self.count, i64(nest.panels)], panel, "s")
+
+    def _rounded(self, value: Expr, *at: Expr) -> Stmt | None:
+        """Keep the integer of a state for the product of the next step."""
+        integers = self.nest.integers
+        if self.h8 is None or integers is None:
+            return None
+        return tirx.BufferStore(self.h8, integers.quantize(value), list(at))
 
     def end(self) -> Stmt:
         """Last states of all rows."""
@@ -323,49 +375,40 @@ class Run:
 
     def first_product(self, t: Expr, panel: Expr) -> Stmt:
         """All of a step for one panel, or what comes before the second product."""
-        cell, old = self.nest.cell, tirx.floormod(t, i64(2))
-        update = cell.before_late if cell.late else cell.update
+        nest, old = self.nest, tirx.floormod(t, i64(2))
+        update = nest.cell.before_late if nest.cell.late else nest.cell.update
         assert update is not None
-        return self._panel(t, panel, self.nest.r, cell.gates, lambda i, k: self.h[old, i, k], update)
+        state = self.h if self.h8 is None else self.h8
+        factors = _Factors(nest.r, nest.cell.gates, lambda i, k: state[old, i, k], self._rescaling(late=False))
+        return self._panel(t, panel, factors, update)
 
     def late_product(self, t: Expr, panel: Expr) -> Stmt:
         """The second product of a step for one panel."""
-        late_r, rh = self.nest.late_r, self.rh
-        assert late_r is not None
+        nest, rh = self.nest, self.rh if self.rh8 is None else self.rh8
+        assert nest.late_r is not None
         assert rh is not None
-        return self._panel(t, panel, late_r, self.nest.cell.late, lambda i, k: rh[i, k], self.nest.cell.update)
+        factors = _Factors(nest.late_r, nest.cell.late, lambda i, k: rh[i, k], self._rescaling(late=True))
+        return self._panel(t, panel, factors, nest.cell.update)
 
-    def _panel(
-        self,
-        t: Expr,
-        panel: Expr,
-        weights: Tensor,
-        gates: int,
-        state: Callable[[Expr, Expr], Expr],
-        update: Callable[[Point, Sequence[Expr]], Stmt],
-    ) -> Stmt:
+    def _rescaling(self, *, late: bool) -> Rescaling | None:
+        integers = self.nest.integers
+        return None if integers is None else integers.late if late else integers.first
+
+    def _panel(self, t: Expr, panel: Expr, factors: _Factors, update: Callable[[Point, Sequence[Expr]], Stmt]) -> Stmt:
         """The product for all rows, group of gates by group, and then the update of every row."""
-        nest = self.nest
-        lanes = nest.lanes
-        vectors = (static(weights.shape[4]) or lanes) // lanes
-        products = tirx.decl_buffer((i64(self.room), i64(gates * lanes)), nest.y.dtype, "products")
+        nest, lanes, gates = self.nest, self.nest.lanes, factors.gates
+        dtype = nest.y.dtype if nest.integers is None else nest.integers.dot.total
+        products = tirx.decl_buffer((i64(self.room), i64(gates * lanes)), dtype, "products")
+        multiply = self._multiply_floats if nest.integers is None else self._multiply_integers
 
-        def group(number: Expr) -> Stmt:
-            def b(n: Expr, v: Expr, k: Expr) -> Expr:
-                return weights[(i64(self.direction), panel, number, k, n * lanes + v)].astype(nest.y.dtype)
-
-            def tile(first: Expr, height: int) -> Stmt:
-                def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
-                    return tirx.BufferStore(products, value, [first + i, (number * vectors + n) * lanes + v])
-
-                made = RegisterTile(nest.y.dtype, height, [lanes] * vectors, lanes)
-                return made.emit([i64(nest.hidden)], lambda i, k: state(first + i, k), b, deliver)
-
-            return self._tiles(tile)
+        def product(i: Expr, gate: int, v: Expr) -> Expr:
+            value, rescaling = products[i, gate * lanes + v], factors.rescaling
+            at = (i64(self.direction), panel, i64(gate), v)
+            return value if rescaling is None else rescaling.value(value, at)
 
         def finish(i: Expr, used: int) -> Stmt:
             def lane(v: Expr) -> Stmt:
-                return self.unit(t, panel, i, v, [products[i, g * lanes + v] for g in range(gates)], update)
+                return self.unit(t, panel, i, v, [product(i, g, v) for g in range(gates)], update)
 
             return seq(self._fetch_inputs(t, panel, i), loop(used, lane, "vectorized", "v"))
 
@@ -374,7 +417,43 @@ class Run:
         if rest:
             last = loop(self.count, lambda i: finish(i, rest), name="i")
             done = last if done is None else when(panel < full, done, last)
-        return seq(tirx.AllocBuffer(products), loop(gates // vectors, group, name="group"), done)
+        groups = gates // factors.vectors(lanes)
+        multiplied = loop(groups, lambda number: multiply(products, panel, number, factors), name="group")
+        return seq(tirx.AllocBuffer(products), multiplied, done)
+
+    def _multiply_floats(self, products: tirx.Buffer, panel: Expr, number: Expr, factors: _Factors) -> Stmt:
+        """A group of gates of a panel for all rows."""
+        nest, lanes = self.nest, self.nest.lanes
+        vectors = factors.vectors(lanes)
+
+        def b(n: Expr, v: Expr, k: Expr) -> Expr:
+            return factors.weights[(i64(self.direction), panel, number, k, n * lanes + v)].astype(nest.y.dtype)
+
+        def tile(first: Expr, height: int) -> Stmt:
+            def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
+                return tirx.BufferStore(products, value, [first + i, (number * vectors + n) * lanes + v])
+
+            made = RegisterTile(nest.y.dtype, height, [lanes] * vectors, lanes)
+            return made.emit([i64(nest.hidden)], lambda i, k: factors.state(first + i, k), b, deliver)
+
+        return self._tiles(tile)
+
+    def _multiply_integers(self, products: tirx.Buffer, panel: Expr, number: Expr, factors: _Factors) -> Stmt:
+        """As :meth:`_multiply_floats`, bytes by bytes."""
+        integers, zero = self.nest.integers, i64(0)
+        assert integers is not None
+        assert self.h8 is not None
+        vectors, width = factors.vectors(self.nest.lanes), static(products.shape[1]) or 0
+        depth = static(self.h8.shape[2]) or 0
+        weights = factors.weights[(i64(self.direction), panel, number, zero, zero, zero)]
+
+        def tile(first: Expr, height: int) -> Stmt:
+            kernel = MicroKernel(integers.dot, height, vectors)
+            self.nest.kernels[kernel] = None
+            sums = products[first, number * (vectors * self.nest.lanes)]
+            return integers.call(kernel, sums, width, factors.state(first, zero), depth, weights)
+
+        return tile(zero, self.room) if integers.dot.tiled else self._tiles(tile)
 
     def _fetch_inputs(self, t: Expr, panel: Expr, i: Expr) -> Stmt:
         """Start to load what the next panel, or the first of the next step, needs of a row's inputs."""
@@ -430,22 +509,26 @@ class Run:
         new = i64(1) - old
         before = self.h[old, i, unit]
 
-        def put(buffer: tirx.Buffer, at: list[Expr], value: Expr, keep: Expr) -> Stmt:
-            return tirx.BufferStore(buffer, value if live is None else tirx.Select(live, value, keep), at)
+        def lasting(value: Expr, otherwise: Expr) -> Expr:
+            return value if live is None else tirx.Select(live, value, otherwise)
 
         def set_h(value: Expr) -> Stmt:
             computed, hidden = keep(value, "hidden")
-            kept = put(self.h, [new, i, unit], hidden, before)
+            state = lasting(hidden, before)
+            kept = seq(tirx.BufferStore(self.h, state, [new, i, unit]), self._rounded(state, new, i, unit))
             return seq(computed, kept, self._output(t, where, live, row, unit, hidden))
 
         def set_c(value: Expr) -> Stmt:
             assert self.c is not None
-            return put(self.c, [i, unit], value, self.c[i, unit])
+            return tirx.BufferStore(self.c, lasting(value, self.c[i, unit]), [i, unit])
 
         def set_first(z: Expr, rh: Expr) -> Stmt:
             assert self.z is not None
+            kept = tirx.BufferStore(self.z, z, [i, unit])
+            if self.rh8 is not None and nest.integers is not None:
+                return seq(kept, tirx.BufferStore(self.rh8, nest.integers.quantize(rh), [i, unit]))
             assert self.rh is not None
-            return seq(tirx.BufferStore(self.z, z, [i, unit]), tirx.BufferStore(self.rh, rh, [i, unit]))
+            return seq(kept, tirx.BufferStore(self.rh, rh, [i, unit]))
 
         def x(gate: int) -> Expr:
             return nest.x[(read_at, row, i64(self.direction), panel, i64(gate), v)]
