@@ -96,6 +96,35 @@ def _has_polynomial(expression: Expr) -> bool:
     return any(map(_is_polynomial, nodes(expression)))
 
 
+def rectified(expression: Expr) -> Expr:
+    """``expression`` with LLVM's maximum in place of ``0 where x < 0, else x``, for targets that do it at once.
+
+    A NaN stays one in either; of the zeros, the maximum is the positive one.
+    """
+    if not any(map(_rectifies, nodes(expression))):
+        return expression
+    done: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in done:
+            made = _with_parts(node, [visit(p) for p in parts(node)], lambda part: part)
+            if _rectifies(made):
+                made = tirx.call_llvm_pure_intrin(str(made.ty), "llvm.maximum", made.false_value, made.true_value)
+            done[node] = made
+        return done[node]
+
+    return visit(expression)
+
+
+def _rectifies(node: Expr) -> bool:
+    if not (isinstance(node, tirx.Select) and isinstance(node.condition, tirx.LT) and str(node.ty) == "float32"):
+        return False
+    zeros = (node.condition.b, node.true_value)
+    return node.condition.a.same_as(node.false_value) and all(
+        isinstance(z, tirx.FloatImm) and z.value == 0 for z in zeros
+    )
+
+
 def strides(offset: Expr, axes: Sequence[Expr]) -> list[Expr | None]:
     """Coefficient of each of ``axes`` in ``offset``; ``None`` where the dependence is not linear."""
     found = sym.detect_linear_equation(offset, list(axes)) if axes else []

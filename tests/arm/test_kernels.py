@@ -17,7 +17,14 @@ from mmopt.backends.linking import Zig
 from mmopt.backends.profile import Profile, load_profile
 from tests.arm.emulation import check_kernels, emulate, needs_emulation
 from tests.kernels import Case
-from tests.unit import test_compute, test_kernel_attention, test_kernel_conv, test_kernel_matmul, test_kernel_winograd
+from tests.unit import (
+    test_compute,
+    test_conv_narrow,
+    test_kernel_attention,
+    test_kernel_conv,
+    test_kernel_matmul,
+    test_kernel_winograd,
+)
 from tests.unit.test_dot import PAIRS, Block, blocks, exact, numbers
 
 pytestmark = [pytest.mark.arm, needs_emulation]
@@ -36,6 +43,7 @@ FAMILIES: dict[str, Callable[[Profile], list[Case]]] = {
     "conv": lambda profile: test_kernel_conv.cut_up(profile, 60),
     "winograd": lambda profile: test_kernel_winograd.grid(lanes_of(profile, "float32")),
     "attention": _attention,
+    "conv-int8": lambda profile: test_conv_narrow.bare(profile.name),
 }
 
 
@@ -44,6 +52,7 @@ def known_to_templates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Families that take the name of a profile find those of these tests."""
     profiles = {target: load_profile(target) for target in TARGETS}
     monkeypatch.setattr(test_kernel_attention, "profiles", lambda: profiles)
+    monkeypatch.setattr(test_conv_narrow, "profiles", lambda: profiles)
 
 
 @pytest.mark.parametrize("target", TARGETS)

@@ -92,10 +92,16 @@ def integer_convolutions() -> list[Example]:
     return made + [test_conv_narrow.dequantized(g, per_channel=True, bias=True) for g in shapes]
 
 
+def all_integer_convolutions() -> list[Example]:
+    """Every geometry there is, with a zero point that padding has to count as."""
+    return [test_conv_narrow.conv_integer(g, ("uint8", "int8"), 117, None) for g in test_conv_narrow.geometries()]
+
+
 FAMILIES: dict[str, Callable[[], list[Example]]] = {
     "quantized products": test_narrow_products.quantized,
     "integer products": test_narrow_products.integer_operators,
     "integer convolutions": integer_convolutions,
+    "all integer convolutions": all_integer_convolutions,
     "narrow floats": test_narrow_products.halves,
     "stored weights": test_narrow_products.stored,
     "convolutions": lambda: [*test_kernel_conv.ranks(), *test_kernel_conv.channels(), *test_kernel_conv.groups()],

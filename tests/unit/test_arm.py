@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import tvm
 
-from benchmarks.arm import Loop, innermost
+from benchmarks.arm import Loop, compiled, innermost, kernel_of
+from benchmarks.zoo.layers import Product
 from mmopt.backends import linking, runner
 from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.emit import KernelEmitter
@@ -122,6 +123,24 @@ def test_products_multiply_by_elements(target: str) -> None:
     words = {line.split()[0] for line in loop.lines}
     assert not words & {"dup", "ld1r", "prfm"}, "nothing is copied to lanes, or fetched ahead"
     assert "sdot" not in text
+
+
+def test_products_of_bytes_execute_little_but_products() -> None:
+    """Four registers of B at a time, two of a row of A, and pointers that move on with the loads."""
+    profile = load_profile("cortex-a76")
+    _, code = kernel_of(Product(1, 36, 256, 64), "int8", profile)
+    text = str(compiled(code, profile).mod.inspect_source("s"))
+    loop = innermost(text)
+    assert loop is not None
+    assert loop.multiplies == 128, "a tile of four rows by four vectors, 32 deep"
+    assert loop.overhead <= 1.12
+    words = {line.split()[0] for line in loop.lines}
+    assert {"ldp", "ld1"} < words
+    assert not words & {"add", "movi", "ldr", "prfm"}, "pointers move by themselves"
+    _, end = text.split(loop.lines[-1])
+    hand_over = end[: end.index("b.ne")]
+    assert "fmax" in hand_over, "a rectifier is one instruction"
+    assert not re.search(r"\[sp", hand_over), "sums do not pass through memory"
 
 
 @pytest.mark.skipif(not any(map(shutil.which, ("llvm-mca", "llvm-mca-19"))), reason="llvm-mca is not installed")

@@ -316,17 +316,18 @@ def bare(profile: str) -> list[Case]:
         (20, 33, (14,), Window((5,), (1,), (2,))),
         (32, 16, (5, 4, 6), Window((2, 2, 2), (1, 1, 1), (1, 1, 1))),
     ]:
-        block = block_of(c, dot)
-        walk = Walk.of(dot, block, window)
+        walk = Walk.of(dot, block_of(c, dot), window, c)
         split = not walk.joined and any(s > 1 for s in window.strides)
-        shape = Shape(padded, split, -(-c // block) * block, o, 1, window)
+        filled = -(-c // walk.block) * walk.block
+        shape = Shape(padded, split, filled, o, 1, window, int(walk.overlong(window)))
         g = Geometry((1, c, *padded), (o, c, *window.kernel), strides=window.strides, dilations=window.dilations)
         x, w = integers(g, "uint8", 0), integers(g, "int8", 1)
-        want = exact(g, x, w, 0, 0)[0]
+        want = exact(g, x, w, -dot.shift, 0)[0]
+        taken = x[0].astype(np.int32) + dot.shift
         for candidate in candidates(profiles()[profile], dot, shape):
             cut = Cut(**{f.name: candidate.number(f.name) for f in dataclasses.fields(Cut)})
             data = Arrays()
-            source = data.constant(in_phases(x[0], shape, walk).astype(dot.a))
+            source = data.constant(in_phases(taken, shape, walk).astype(dot.a))
             filters = data.constant(pack_filters(w, 1, walk, cut.vectors * dot.lanes))
             nest = DotConvolution(source, filters, shape=shape, walk=walk, cut=cut, block=o, name="conv_int8")
             cases.append(data.case(f"{g} {cut}", nest.output, np.moveaxis(want, 0, -1)[None, None]))
@@ -341,7 +342,7 @@ def test_every_candidate_gives_the_same_sums(profile: str) -> None:
 # -- choosing --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LEVELS)
+@pytest.mark.parametrize("name", [*LEVELS, "armv8.0", "cortex-a76", "neoverse-v1"])
 @pytest.mark.parametrize("kinds", [("bfloat16", "bfloat16"), ("uint8", "int8"), ("int8", "int8")])
 def test_segments_are_whole_steps(name: str, kinds: tuple[str, str]) -> None:
     profile = load_profile(name)
@@ -353,10 +354,31 @@ def test_segments_are_whole_steps(name: str, kinds: tuple[str, str]) -> None:
         assert channels % block == 0 or block >= channels
         for kernel, dilation in ((1, 1), (3, 1), (7, 1), (3, 2)):
             window = Window((kernel, kernel), (1, 1), (dilation, dilation))
-            walk = Walk.of(dot, block, window)
+            walk = Walk.of(dot, block, window, channels)
             assert walk.length(window) % walk.dot.step == 0
             assert walk.dot.step % dot.group == 0
             assert not dot.tiled or walk.dot.step <= dot.step
+            assert walk.block == block or walk.joined
+            filters = pack_filters(np.ones((8, channels, kernel, kernel), np.int8), 1, walk, 8)
+            assert filters.sum() == 8 * channels * kernel * kernel
+            assert filters[0].shape[0] * dot.group == -(-channels // walk.block) * math.prod(
+                (*walk.taps(window), walk.length(window))
+            )
+
+
+def test_few_channels_are_not_filled_up_where_a_row_of_taps_is_a_segment() -> None:
+    """Zeros stand behind the 21 elements of three channels by seven taps, not behind each three."""
+    dot = dot_for(load_profile("cortex-a76"), "uint8", "int8")
+    assert dot is not None
+    window = Window((7, 7), (2, 2), (1, 1))
+    walk = Walk.of(dot, block_of(3, dot), window, 3)
+    assert (walk.block, walk.length(window), walk.dot.step, walk.overlong(window)) == (3, 24, 24, True)
+    weight = np.arange(1, 3 * 49 + 1).reshape(1, 3, 7, 7).astype(np.int16)
+    packed = pack_filters(weight, 1, walk, 4)[0, :, 0].reshape(7, 24)
+    np.testing.assert_array_equal(packed[:, :21], weight[0].transpose(1, 2, 0).reshape(7, 21))
+    assert not packed[:, 21:].any()
+    shape = Shape((229, 229), False, 3, 64, 1, window, slack=1)
+    assert (shape.extents, shape.space) == ((229, 230), (112, 112))
 
 
 def test_small_images_are_walked_over_the_padding_and_wide_ones_in_lines() -> None:

@@ -120,6 +120,10 @@ def blocks(dot: Dot) -> list[Block]:
         Block(MicroKernel(dot, rows[0], 1, accumulate=True, prefetch=2), 3),
         Block(MicroKernel(dot, rows[1] - 1, 2, accumulate=True, indexed=True), 1, segments=2),
     ]
+    for step in range(dot.group, dot.deepest + 1, dot.group):  # segments are cut into steps that fit them
+        shorter = dataclasses.replace(dot, step=step)
+        vectors = step // dot.group % dot.vectors + 1
+        made.append(Block(MicroKernel(shorter, rows[vectors - 1], vectors, indexed=True), 2, segments=2))
     return made
 
 

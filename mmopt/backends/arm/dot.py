@@ -29,6 +29,7 @@ class Choice:
         total: Type of the sums.
         group: Neighbours in depth that one lane takes.
         step: Elements of depth in a vector of the left operand.
+        deepest: Elements of depth that a kernel may go on by, if there are more.
         temporaries: Registers needed besides sums and operands.
         shift: What has to be added to the left operand, because ``a`` has another sign than it.
     """
@@ -41,6 +42,7 @@ class Choice:
     step: int
     temporaries: int = 0
     shift: int = 0
+    deepest: int = 0
 
 
 def neon_choice(features: Collection[str], a: str, b: str) -> Choice | None:
@@ -70,16 +72,17 @@ def _integers(features: Collection[str], a: str) -> Choice:
         return Choice("smmla" if a == "int8" else "usmmla", a, "int8", "int32", 8, 16)
     if "asimddp" not in features:
         return Choice("smlal", "int16", "int8", "int32", 1, 8, temporaries=1)
-    if a == "int8":
-        return Choice("sdot", "int8", "int8", "int32", 4, 16)
-    return Choice("sdot", "int8", "int8", "int32", 4, 16, shift=-128)
+    return Choice("sdot", "int8", "int8", "int32", 4, 16, shift=0 if a == "int8" else -128, deepest=32)
 
 
 def rows_that_fit(choice: Choice, registers: int, vectors: int) -> int:
     """Rows of the largest kernel: its sums, a vector of the left operand for each row, a row of the right operand.
 
     A matrix instruction wants pairs of rows; four registers are left for vectors of the right operand and their order.
+    Dot products of bytes take two vectors of each row at a time, and four of the right operand.
     """
     if choice.name in MATRICES:
         return min(14, (registers - 4) // (vectors + 1) // 2 * 2)
+    if choice.name == "sdot":
+        return (registers - 4) // (vectors + 2)
     return max(1, min(14, (registers - vectors - choice.temporaries) // (vectors + 1)))

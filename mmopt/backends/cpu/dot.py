@@ -46,6 +46,7 @@ class Dot:
         most_rows: Rows of the largest kernel with ``vectors`` vectors, by ``vectors`` − 1.
         rate: Multiply-adds of one core in a cycle.
         neon: Whether it is an instruction of Arm.
+        deepest: The largest step that kernels may go on by instead; ``step`` where there is no other.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Dot:
     rate: int
     shift: int = 0
     neon: bool = False
+    deepest: int = 0
 
     @property
     def tiled(self) -> bool:
@@ -73,6 +75,11 @@ class Dot:
     def depth(self, elements: int) -> int:
         """``elements`` of depth, filled up to whole steps."""
         return -(-elements // self.step) * self.step
+
+    def stepping(self, depth: int) -> Dot:
+        """The same with the largest step, if ``depth``, as it is filled up, is a multiple of it."""
+        whole = self.deepest > self.step and self.depth(depth) % self.deepest == 0
+        return dataclasses.replace(self, step=self.deepest) if whole else self
 
 
 def dot_for(profile: Profile, a: str, b: str) -> Dot | None:
@@ -108,7 +115,8 @@ def _neon_dot(profile: Profile, a: str, b: str) -> Dot | None:
     rows = tuple(rows_that_fit(chosen, profile.registers, vectors) for vectors in range(1, 5))
     rate = 2 * LANES * chosen.group
     types = (chosen.a, chosen.b, chosen.total)
-    return Dot(chosen.name, *types, chosen.group, LANES, chosen.step, rows, rate, chosen.shift, neon=True)
+    shift, deepest = chosen.shift, chosen.deepest
+    return Dot(chosen.name, *types, chosen.group, LANES, chosen.step, rows, rate, shift, neon=True, deepest=deepest)
 
 
 def _integer_dot(profile: Profile, a: str) -> Dot:

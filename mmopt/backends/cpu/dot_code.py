@@ -71,7 +71,10 @@ def _writer(kernel: MicroKernel) -> type[_Kernel]:
     if kernel.dot.neon:  # Arm's are made of what is below
         from mmopt.backends.arm.dot_code import NeonVectors
         from mmopt.backends.arm.matrix_code import NeonMatrices
+        from mmopt.backends.arm.sdot_code import NeonDots
 
+        if kernel.dot.name == "sdot":
+            return NeonDots
         return NeonMatrices if kernel.dot.name in MATRICES else NeonVectors
     return _Tiles if kernel.dot.tiled else Vectors
 
@@ -95,8 +98,16 @@ class _Kernel:
         """Values (type, name) of the sums at the beginning."""
         raise NotImplementedError
 
+    def enter(self, a: str) -> list[tuple[str, str]]:
+        """Values (type, name) that are carried from step to step besides, and begin anew in each segment of A.
+
+        Args:
+            a: Where the segment starts.
+        """
+        return []
+
     def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
-        """Code of one step; gives the new sums."""
+        """Code of one step; gives the new sums, and what else is carried."""
         raise NotImplementedError
 
     def finish(self, sums: Sequence[str]) -> None:
@@ -109,15 +120,18 @@ class _Kernel:
         for name in ("cs", "as", "steps", "segments"):
             w.line(f"  %{name} = sext i32 %{name}32 to i64")
         first = self.start()
-        types = [t for t, _ in first]
-        w.line("  br label %segment" if indexed else "  br label %step")
         if indexed:
+            w.line("  br label %segment")
             self._segment_head(first)
             entry = "segment"
             before = [f"%s{n}" for n in range(len(first))]
             a, b, ahead = "%a0", "%b0", "%p0"
         else:
             entry, before, a, b, ahead = "entry", [v for _, v in first], "%a", "%b", "%ahead"
+        fresh = self.enter(a)
+        types = [t for t, _ in (*first, *fresh)]
+        before += [v for _, v in fresh]
+        w.line("  br label %step")
         w.line("step:")
         w.line(f"  %k = phi i64 [ 0, %{entry} ], [ %k1, %step ]")
         for pointer, base in (("ak", a), ("bk", b), ("pk", ahead)):
@@ -125,7 +139,7 @@ class _Kernel:
         for n, (kind, value) in enumerate(zip(types, before, strict=True)):
             w.line(f"  %x{n} = phi {kind} [ {value}, %{entry} ], [ %y{n}, %step ]")
         self._prefetch()
-        after = self.step("%ak", "%bk", [f"%x{n}" for n in range(len(first))])
+        after = self.step("%ak", "%bk", [f"%x{n}" for n in range(len(types))])
         for n, (kind, value) in enumerate(zip(types, after, strict=True)):
             w.line(f"  %y{n} = bitcast {kind} {value} to {kind}")
         w.line(f"  %ak1 = getelementptr i8, ptr %ak, i64 {self.step_bytes}")
@@ -152,7 +166,6 @@ class _Kernel:
         w.line("  %slot = getelementptr i64, ptr %offsets, i64 %s")
         w.line("  %offset = load i64, ptr %slot, align 8")
         w.line("  %a0 = getelementptr i8, ptr %a, i64 %offset")
-        w.line("  br label %step")
 
     def _segment_tail(self) -> None:
         self.w.line("next:")

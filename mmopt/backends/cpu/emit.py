@@ -21,7 +21,7 @@ from mmopt.backends.cpu.collapse import collapse, expand
 from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import Planner, trace
 from mmopt.backends.cpu.reduce import emit_reduction
-from mmopt.backends.expressions import itemsize, same, simplify, untangled, variables
+from mmopt.backends.expressions import itemsize, rectified, same, simplify, untangled, variables
 from mmopt.backends.profile import Profile
 
 PARALLEL_WORK = 32768
@@ -142,6 +142,8 @@ class KernelEmitter:
     def untangled(self, value: Expr) -> Expr:
         """``value`` in a form that code generation is quick with; parts of it may be computed beforehand."""
         scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
+        if self.profile.kind == "arm":
+            value = rectified(value)
         if not scope.bind:
             return value
 

@@ -232,10 +232,11 @@ class _Plan:
         if static(x.shape[1]) is None or None in padded or 0 in (static(x.shape[0]), out, depth):
             return None
         extents = tuple(extent or 0 for extent in padded)
-        block, each = block_of(depth, dot), out // groups
-        walk = Walk.of(dot, block, geometry.window)
+        walk = Walk.of(dot, block_of(depth, dot), geometry.window, depth if groups == 1 else 0)
+        block, each = walk.block, out // groups
         split = not walk.joined and any(s > 1 for s in geometry.window.strides)
-        shape = Shape(extents, split, -(-depth // block) * block, each, groups, geometry.window)
+        slack = int(walk.overlong(geometry.window))
+        shape = Shape(extents, split, -(-depth // block) * block, each, groups, geometry.window, slack)
         if min(extents) < 1 or min(shape.space) < 1:
             return None
         result = block_of(out, dot) if out % dot.group == 0 else out
@@ -272,7 +273,8 @@ class _Plan:
         context, dot, block = node.context, self.walk.dot, self.walk.block
         channels = static(x.shape[1]) or 0
         whole = channels % block == 0
-        if not self.geometry.padded and not self.shape.split and whole and x.dtype == dot.a:
+        as_is = not self.geometry.padded and not self.shape.split and not self.shape.slack
+        if as_is and whole and x.dtype == dot.a:
             return context.in_blocks(x, block)
         context.realize([x], "operand")
         inside = x.in_blocks_of(block)

@@ -295,6 +295,7 @@ def _tiled(node: OpNode, a: Value, operand: Tensor, b: Value, dot: Dot, name: st
     assert b.constant is not None
     program = node.context.program
     depth, columns = b.constant.shape
+    dot = dot.stepping(depth)
     rows = dim(operand.shape[0])
     sizes = (("m", rows), ("n", columns), ("k", depth))
     work = 2.0 * typical(rows) * columns * depth

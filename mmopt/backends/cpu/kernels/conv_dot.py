@@ -27,6 +27,7 @@ from mmopt.backends.compute import LoopNest, Sink, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, Workload
 from mmopt.backends.cpu.dot import Dot, MicroKernel, address, configure_tiles, importing, pack, release_tiles
 from mmopt.backends.cpu.kernels.conv import Window
+from mmopt.backends.cpu.kernels.matmul_dot import stays_in_registers
 from mmopt.backends.cpu.kernels.tile import spans
 from mmopt.backends.cpu.loops import flat_index, i64, loop, product, seq, split_index, static, when
 from mmopt.backends.expressions import itemsize, simplify
@@ -39,15 +40,28 @@ TASKS = 16
 """Parallel pieces wanted at least, so that threads end together."""
 
 ROW_BYTES = 64
+"""Bytes of a row of an AMX tile."""
+
+BLOCK_BYTES = 256
+"""Bytes of channels side by side for Arm's instructions, which are not bound to rows of a length."""
 
 
 def block_of(channels: int, dot: Dot) -> int:
     """Channels side by side in memory that suit ``dot``: a tile row's worth, less, or all of them, filled up."""
-    unit = ROW_BYTES // itemsize(dot.a) if dot.tiled else max(16, 2 * dot.lanes)
-    for block in (unit, unit // 2, unit // 4):
+    if dot.neon:
+        units: tuple[int, ...] = tuple(BLOCK_BYTES // itemsize(dot.a) // n for n in (1, 2, 4, 8, 16))
+    else:
+        unit = ROW_BYTES // itemsize(dot.a) if dot.tiled else max(16, 2 * dot.lanes)
+        units = (unit, unit // 2, unit // 4)
+    for block in units:
         if channels % block == 0 and block % dot.group == 0 and block >= 16:
             return block
     return -(-channels // dot.group) * dot.group
+
+
+def _filled(length: int, dot: Dot) -> int:
+    """``length`` in whole groups."""
+    return -(-length // dot.group) * dot.group
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +71,8 @@ class Walk:
     Attributes:
         dot: The instruction, whose step fits the segments.
         block: Channels side by side in the input.
-        joined: Whether a segment is a row of taps, and not one tap.
+        joined: Whether a segment is a row of taps, and not one tap. It may end in the middle of a group: what follows
+            in memory is multiplied by zeros then.
     """
 
     dot: Dot
@@ -65,19 +80,44 @@ class Walk:
     joined: bool
 
     @classmethod
-    def of(cls, dot: Dot, block: int, window: Window) -> Walk:
-        """The walk for blocks of ``block`` channels."""
-        short = block * itemsize(dot.a) < ROW_BYTES
+    def of(cls, dot: Dot, block: int, window: Window, channels: int = 0) -> Walk:
+        """The walk for blocks of ``block`` channels.
+
+        Args:
+            dot: The instruction.
+            block: From :func:`block_of`.
+            window: Geometry.
+            channels: Channels that there are, where the block is filled up and need not be.
+        """
+        short = block * itemsize(dot.a) < ROW_BYTES or dot.neon
         joined = short and window.dilations[-1] == 1 and window.kernel[-1] > 1
-        length = block * (window.kernel[-1] if joined else 1)
+        if joined and 0 < channels < block and dot.name == "sdot":
+            block = channels
+        length = _filled(block * (window.kernel[-1] if joined else 1), dot)
         if dot.step == dot.group:
             return cls(dot, block, joined)
-        pieces = next(n for n in range(-(-length // dot.step), length + 1) if length % (n * dot.group) == 0)
+        most = max(dot.step, dot.deepest)
+        pieces = next(n for n in range(-(-length // most), length + 1) if length % (n * dot.group) == 0)
         return cls(dataclasses.replace(dot, step=length // pieces), block, joined)
 
     def length(self, window: Window) -> int:
         """Elements of a segment."""
-        return self.block * (window.kernel[-1] if self.joined else 1)
+        return _filled(self._known(window.kernel), self.dot)
+
+    def overlong(self, window: Window) -> bool:
+        """Whether segments end behind their last tap."""
+        return self.length(window) > self._known(window.kernel)
+
+    def _known(self, kernel: Sequence[int]) -> int:
+        return self.block * (kernel[-1] if self.joined else 1)
+
+    def segments(self, weight: np.ndarray, kernel: Sequence[int]) -> np.ndarray:
+        """``[groups, depth, outputs]`` with zeros behind each segment, where it is too short."""
+        groups, depth, outputs = weight.shape
+        length = self._known(kernel)
+        split = weight.reshape(groups, depth // length, length, outputs)
+        missing = _filled(length, self.dot) - length
+        return np.pad(split, ((0, 0), (0, 0), (0, missing), (0, 0))).reshape(groups, -1, outputs)
 
     def taps(self, window: Window) -> tuple[int, ...]:
         """Kernel axes that segments are counted along."""
@@ -92,7 +132,7 @@ def pack_filters(weight: np.ndarray, groups: int, walk: Walk, columns: int) -> n
     padded[:, :depth] = weight
     split = padded.reshape(groups, out // groups, blocks, walk.block, *kernel)
     turned = split.transpose(0, 2, *range(4, 4 + len(kernel)), 3, 1)
-    flat = turned.reshape(groups, -1, out // groups)
+    flat = walk.segments(turned.reshape(groups, -1, out // groups), kernel)
     return np.concatenate([pack(group, walk.dot, columns) for group in flat])
 
 
@@ -132,6 +172,7 @@ class Shape:
         outputs: Output channels of a group.
         groups: Number of groups.
         window: Geometry.
+        slack: Positions behind each line in memory, for segments that end behind their last tap.
     """
 
     padded: tuple[int, ...]
@@ -140,6 +181,7 @@ class Shape:
     outputs: int
     groups: int
     window: Window
+    slack: int = 0
 
     @property
     def space(self) -> tuple[int, ...]:
@@ -161,7 +203,7 @@ class Shape:
     def extents(self) -> tuple[int, ...]:
         """Spatial extents of a phase."""
         if not self.split:
-            return self.padded
+            return (*self.padded[:-1], self.padded[-1] + self.slack)
         taps = zip(self.space, self.window.kernel, self.window.strides, self.window.dilations, strict=True)
         return tuple(out + (k - 1) * d // s for out, k, s, d in taps)
 
@@ -221,7 +263,7 @@ def _parallel(profile: Profile, dot: Dot, shape: Shape, rows: int, vectors: int,
     pieces = max(1, min(tiles, -(-TASKS // (runs * -(-panels // each)))))
     chunk = -(-tiles // pieces)
     lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // ROW_BYTES)
-    streamed = panel_bytes * panels * shape.groups > profile.l2_bytes // 4
+    streamed = panel_bytes * panels * shape.groups > profile.l2_bytes // 4 and not dot.neon
     return Cut(rows, vectors, merged, chunk * rows, each, -(-lines // chunk) if streamed else 0)
 
 
@@ -281,14 +323,15 @@ class DotConvolution(LoopNest):
 
     def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over groups × pieces of panels × images × runs × pieces of runs."""
-        return _Emitter(self, sinks[0]).emit()
+        return _Emitter(self, sinks[0], kept=stays_in_registers(kernel, self.walk.dot, self.output)).emit()
 
 
 class _Emitter:
-    """Code of one convolution."""
+    """Code of one convolution; ``kept`` where sums are to stay in registers."""
 
-    def __init__(self, nest: DotConvolution, sink: Sink) -> None:
+    def __init__(self, nest: DotConvolution, sink: Sink, *, kept: bool) -> None:
         self.nest, self.sink, self.dot, self.cut, self.sizes = nest, sink, nest.walk.dot, nest.cut, nest.sizes
+        self.kept = kept
         self.width = self.cut.vectors * self.dot.lanes
         self.panels = -(-self.sizes.outputs // self.width)
         self.taps = nest.walk.taps(self.sizes.window)
@@ -440,7 +483,7 @@ class _Emitter:
             body = seq(*vectors(i, at))
             return body if inside is None else when(inside, body)
 
-        return loop(height, row, name="i")
+        return loop(height, row, "unrolled" if self.kept else "serial", "i")
 
     def _coordinates(self, place: _Place, position: Expr) -> tuple[tuple[Expr, ...], Expr | None]:
         """Output coordinates of a position of a run, and whether it is one."""

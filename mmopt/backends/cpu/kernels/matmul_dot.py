@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.compute import LoopNest, Sink, Tensor
+from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor
 from mmopt.backends.cpu.choosing import Candidate, Workload
 from mmopt.backends.cpu.dot import (
     Code,
@@ -30,6 +31,7 @@ from mmopt.backends.cpu.dot import (
     release_tiles,
 )
 from mmopt.backends.cpu.dot_code import TILE_ROWS
+from mmopt.backends.cpu.kernels.conv import long_epilogue
 from mmopt.backends.cpu.kernels.matmul_overlap import Overlap
 from mmopt.backends.cpu.kernels.tile import spans
 from mmopt.backends.cpu.loops import i64, loop, seq, split_index, static, when
@@ -43,6 +45,9 @@ FORK_CYCLES = 16384
 """Work below which a product stays on one thread."""
 
 LINE = 64
+
+ROWS_AT_ONCE = 384
+"""Rows of a chunk at most: each row of the result lies on pages of its own, whose addresses a core remembers for some."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +87,19 @@ def candidates(profile: Profile, dot: Dot, rows: int, columns: int, depth: int) 
     for vectors in range(min(dot.vectors, -(-columns // dot.lanes)), 0, -1):
         near = (0, 2) if dot.tiled and dot.depth(depth) >= 4 * dot.step else (0,)
         for height in _heights(dot, rows, vectors):
-            chunk = _chunk(profile, dot, height, rows, depth)
+            chunk = _chunk(profile, dot, height, (rows, columns, depth))
             lines = -(-vectors * dot.lanes * dot.step * itemsize(dot.b) // LINE)
             ahead = -(-lines // max(1, -(-min(chunk, rows) // height)))
             cycles = _cycles(profile, dot, (rows, columns, depth), height, vectors)
-            cuts = [Blocking(height, vectors, chunk, n, m) for n in dict.fromkeys((ahead, 0)) for m in near]
+            fetched = (0,) if dot.neon else dict.fromkeys((ahead, 0))  # Arm's fetch what is read in a row by themselves
+            cuts = [Blocking(height, vectors, chunk, n, m) for n in fetched for m in near]
             found += [Candidate(cut.parameters(), cycles) for cut in cuts]
     return found
+
+
+def stays_in_registers(kernel: Any, dot: Dot, result: LoopResult) -> bool:
+    """Whether sums of a tile should not pass through memory: what follows is short, and has registers left on NEON."""
+    return dot.name == "sdot" and not long_epilogue(kernel, result)
 
 
 def _heights(dot: Dot, rows: int, vectors: int) -> list[int]:
@@ -98,9 +109,14 @@ def _heights(dot: Dot, rows: int, vectors: int) -> list[int]:
     return list(dict.fromkeys(-(-rows // -(-rows // limit)) for limit in limits))
 
 
-def _chunk(profile: Profile, dot: Dot, height: int, rows: int, depth: int) -> int:
-    """Rows of A that fill half of the second-level cache, in whole tiles, of nearly equal chunks."""
-    most = max(1, profile.l2_bytes // 2 // (dot.depth(depth) * itemsize(dot.a)) // height)
+def _chunk(profile: Profile, dot: Dot, height: int, sizes: tuple[int, int, int]) -> int:
+    """Rows of A that stay in the second-level cache, in whole tiles, of nearly equal chunks. Weights that fit there as
+    well are read from it again by every chunk; others come from further away, and larger chunks read them less often.
+    """
+    rows, columns, depth = sizes
+    line = dot.depth(depth) * itemsize(dot.a)
+    share = 4 if columns * dot.depth(depth) * itemsize(dot.b) <= profile.l2_bytes else 2
+    most = max(1, min(profile.l2_bytes // share // line, ROWS_AT_ONCE) // height)
     tiles = -(-rows // height)
     return -(-tiles // -(-tiles // most)) * height
 
@@ -123,10 +139,11 @@ def _vector_cycles(profile: Profile, dot: Dot, height: int, vectors: int, steps:
 
 
 def _tile_cycles(profile: Profile, dot: Dot, height: int, vectors: int, steps: int) -> float:
-    """A tile of AMX sums: 16 cycles for each product of tiles, if at least one operand is in the first-level cache;
-    what comes from the second level comes at 31 bytes a cycle. Tiles are cleared and stored."""
+    """A tile of AMX sums: 16 cycles for each product of tiles, the next on the same sums after 52, if at least one
+    operand is in the first-level cache; what comes from the second level comes at 31 bytes a cycle. Tiles are cleared
+    and stored."""
     blocks = -(-height // TILE_ROWS)
-    products = 16.0 * blocks * vectors
+    products = max(16.0 * blocks * vectors, 52.0)
     a, b = height * LINE, vectors * dot.lanes * LINE
     if steps * (a + b) > 0.8 * profile.l1_bytes:
         products = max(products, (a + b) / 31)
@@ -174,14 +191,20 @@ class DotMatmul(LoopNest):
 
     def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over chunks of rows × blocks of panels."""
-        return Emitter(self, sinks[0]).emit()
+        return Emitter(self, sinks[0], kept=stays_in_registers(kernel, self.dot, self.output)).emit()
 
 
 class Emitter:
-    """Code of one product."""
+    """Code of one product.
 
-    def __init__(self, nest: DotMatmul, sink: Sink) -> None:
-        self.nest, self.sink, self.dot = nest, sink, nest.dot
+    Args:
+        nest: The product.
+        sink: Takes its results.
+        kept: Whether results of a tile are handed over one by one, so that sums stay in registers.
+    """
+
+    def __init__(self, nest: DotMatmul, sink: Sink, *, kept: bool = False) -> None:
+        self.nest, self.sink, self.dot, self.kept = nest, sink, nest.dot, kept
         self.cut = nest.blocking
         self.width = self.cut.vectors * self.dot.lanes
         self.panels = -(-nest.columns // self.width)
@@ -193,7 +216,8 @@ class Emitter:
     def emit(self) -> Stmt:
         nest = self.nest
         chunks = simplify(tirx.floordiv(nest.rows + (self.cut.chunk - 1), i64(self.cut.chunk)))
-        each = max(1, -(-self.panels * (static(chunks) or 1) // MAX_TASKS))
+        blocks = max(1, min(self.panels, MAX_TASKS // (static(chunks) or 1)))
+        each = -(-self.panels // blocks)
         blocks = -(-self.panels // each)
 
         def task(number: Expr) -> Stmt:
@@ -299,7 +323,8 @@ class Emitter:
         """Hand over ``present`` rows of a tile that starts at ``row``, behind the first ``skip``."""
 
         def rows(width: int) -> Stmt:
-            return loop(present, lambda i: self.row(row, i + skip, panel, width), name="i")
+            kind = "unrolled" if self.kept and static(present) is not None else "serial"
+            return loop(present, lambda i: self.row(row, i + skip, panel, width), kind, "i")
 
         return self.by_width(panel, rows)
 
