@@ -29,8 +29,18 @@ from mmopt.runtime.cpu import missing_features, running_features
 from tests.kernels import WIDEST
 from tests.programs import Example, Programs, check, grouped, model_of, wrong_answers
 
-SHAPES = [(1, 1, 1), (1, 64, 33), (2, 7, 16), (5, 48, 17), (16, 64, 32), (19, 100, 70), (33, 128, 64), (67, 36, 5)]
-"""Rows, depth, columns: single ones, whole tiles, tails in each direction."""
+SHAPES = [
+    (1, 1, 1),
+    (1, 64, 33),
+    (2, 7, 16),
+    (5, 48, 17),
+    (16, 64, 32),
+    (19, 100, 70),
+    (33, 128, 64),
+    (67, 36, 5),
+    (801, 20, 170),
+]
+"""Rows, depth, columns: single ones, whole tiles, tails in each direction, several chunks of rows."""
 
 LEVELS = ["x86-64-v3", "skylake-avx512", "icelake", "znver4", "sapphirerapids"]
 
@@ -394,3 +404,27 @@ def test_candidates_fit_the_registers(level: str, sizes: tuple[int, int, int]) -
             height, vectors = candidate.number("rows"), candidate.number("vectors")
             assert height * vectors + vectors * (1 + 2 * scaled) + 1 <= profile.registers
             assert candidate.number("chunk") % height == 0
+
+
+@pytest.mark.parametrize("a", ["uint8", "bfloat16"])
+@pytest.mark.parametrize("sizes", [(1500, 384, 1536), (1600, 3072, 768), (400, 64, 64)])
+def test_chunks_of_rows_stay_in_the_second_level_cache_with_what_they_meet(a: str, sizes: tuple[int, int, int]) -> None:
+    profile, (rows, depth, columns) = load_profile("sapphirerapids"), sizes
+    dot = dot_for(profile, a, "int8" if a == "uint8" else a)
+    assert dot is not None
+    item = 1 if a == "uint8" else 2
+    weights = columns * depth * item
+    for candidate in matmul_dot.candidates(profile, dot, rows, columns, depth):
+        chunk = candidate.number("chunk")
+        assert chunk <= matmul_dot.ROWS_AT_ONCE
+        assert chunk * depth * item <= profile.l2_bytes // (4 if weights <= profile.l2_bytes else 2)
+        assert -(-rows // chunk) * chunk - rows < chunk // 2 + candidate.number("rows"), "the last chunk is too small"
+
+
+def test_one_sum_at_a_time_waits_for_itself() -> None:
+    """Steps on one tile of sums follow each other after 52 cycles: four tiles are four times as fast."""
+    profile = load_profile("sapphirerapids")
+    dot = dot_for(profile, "uint8", "int8")
+    assert dot is not None
+    best = min(matmul_dot.candidates(profile, dot, 512, 4096, 1024), key=lambda candidate: candidate.cycles)
+    assert best.number("vectors") == 2

@@ -47,7 +47,7 @@ FORK_CYCLES = 16384
 LINE = 64
 
 ROWS_AT_ONCE = 384
-"""Rows of a chunk at most: each row of the result lies on pages of its own, whose addresses a core remembers for some."""
+"""Rows of a chunk at most: each row of the result lies on pages of its own, and a core remembers few addresses."""
 
 
 @dataclasses.dataclass(frozen=True)
