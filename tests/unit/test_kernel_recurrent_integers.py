@@ -17,13 +17,20 @@ from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.canonicalize.editing import tensor_of
 from mmopt.transforms.fuse.fuse_groups import FuseGroups
-from mmopt.transforms.quantize import Quantize, QuantizeStatic
+from mmopt.transforms.quantize import Quantize, QuantizeStatic, recurrent_layers
 from tests.canonical import count_ops, evaluate
 from tests.kernels import PROFILES, WIDEST, profiles
 from tests.programs import Programs
 from tests.unit.test_kernel_recurrent import GATES, Layer, _clipped, activations, example, reference, tensors
 
 STEP = 1 / 127
+
+
+@pytest.fixture(autouse=True)
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers of the tests are smaller than what pays."""
+    monkeypatch.setattr(recurrent_layers, "SMALLEST_HIDDEN", 16)
+    monkeypatch.setattr(recurrent_layers, "SMALLEST_WORK", 0)
 
 
 def quantized(layer: Layer, *, symbolic: Sequence[int | str] | None = None, seed: int = 1) -> Module:
@@ -248,6 +255,26 @@ class TestPlacement:
         module, context = Module(ir.from_proto(made.model)), PassContext(inputs=dict(made.feeds))
         assert QuantizeStatic().run(module, context) is False
         assert any(why in remark.message for remark in context.remarks)
+
+    @pytest.mark.parametrize(
+        ("layer", "symbolic", "why"),
+        [
+            (Layer("GRU", hidden=24, steps=200), None, "24 hidden units only"),
+            (Layer("LSTM", hidden=64, steps=3, batch=2), None, "multiplies 98304 numbers"),
+            (Layer("LSTM", hidden=64, steps=8, batch=2), None, ""),
+            (Layer("LSTM", hidden=64, steps=3, batch=2), ["t", "n", 6], ""),
+        ],
+        ids=["gates", "steps", "enough", "unknown"],
+    )
+    def test_what_pays(
+        self, layer: Layer, symbolic: list[int | str] | None, why: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.undo()
+        made = example(layer, symbolic=symbolic)
+        module = Module(ir.from_proto(made.model))
+        (node,) = recurrent_layers.recurrent_layers(module)
+        refusal = recurrent_layers.recurrent_refusal(node)
+        assert (why in refusal) if why else not refusal
 
     def test_other_runtimes_keep_theirs(self) -> None:
         made = example(Layer("LSTM", hidden=20))

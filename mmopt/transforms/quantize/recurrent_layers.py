@@ -26,8 +26,12 @@ from mmopt.transforms.quantize.qdq import Quantizer
 RECURRENT = ("LSTM", "GRU")
 """Recurrent operators that have integer kernels."""
 
-SMALLEST_HIDDEN = 16
-"""Hidden units below which a step gains nothing from integers."""
+SMALLEST_HIDDEN = 32
+"""Hidden units below which a step gains nothing from integers: its gates take the time."""
+
+SMALLEST_WORK = 1 << 17
+"""Multiply-adds of states with R, over all steps and sequences, below which rounding what is read costs as much as
+integers save."""
 
 _BOUNDED = {"sigmoid", "tanh"}
 _STATE = 5
@@ -51,8 +55,19 @@ def recurrent_refusal(node: ir.Node) -> str:
         return "its state is not bound to ±1 by its activations"
     if integer(node, "layout", 0):
         return "its batch comes first"
-    hidden = _sizes(node)[2]
-    return f"it has {hidden} hidden units only" if hidden < SMALLEST_HIDDEN else ""
+    _, rows, hidden = _sizes(node)
+    if hidden < SMALLEST_HIDDEN:
+        return f"it has {hidden} hidden units only"
+    work = _times(node, rows * hidden)
+    return f"it multiplies {work} numbers by its state only" if work is not None and work < SMALLEST_WORK else ""
+
+
+def _times(node: ir.Node, each: int) -> int | None:
+    """``each`` for every step of every sequence in every direction, where their numbers are known."""
+    data = node.inputs[0]
+    counts = [] if data is None or data.shape is None else list(data.shape)[:2]
+    known = [count for count in counts if isinstance(count, int)]
+    return each * known[0] * known[1] * _sizes(node)[0] if len(known) == 2 else None
 
 
 def quantize_recurrent(quantizer: Quantizer, node: ir.Node, calibration: Calibration, names: Names) -> None:
