@@ -37,6 +37,9 @@ from mmopt.lowering.program import ProgramBuilder
 
 SCHEMA_VERSION = 1
 TARGETS = ("cuda-sm80", "cuda-sm90")
+PRECISIONS = ("fp32", "bf16", "fp16", "int8")
+"""Number formats; ranges of int8 come from made-up samples, which decide no kernel."""
+
 TEMPLATES = ("tensor_product", "dequantized_product", "tensor_convolution", "tensor_attention")
 """Templates that multiply on tensor cores."""
 
@@ -51,6 +54,7 @@ class Line:
         seconds: From the optimized model to machine code.
         native: Whether nothing is left to onnxruntime.
         kernels: Kernels on the GPU.
+        launches: Launches of one run; 0 where that depends on data.
         templates: Those from templates for tensor cores.
         without: Names of those among them that have no tensor-core instruction.
         spilling: Bytes that those among them spill, by name; those that spill nothing are left out.
@@ -65,6 +69,7 @@ class Line:
     seconds: float = 0.0
     native: bool = True
     kernels: int = 0
+    launches: int = 0
     templates: int = 0
     without: list[str] = dataclasses.field(default_factory=list)
     spilling: dict[str, int] = dataclasses.field(default_factory=dict)
@@ -91,7 +96,9 @@ def examine(module: Module, model: str, profile: Profile) -> Line:
     compiled = compiled_kernels(made, profile.sm)
     line.seconds = time.perf_counter() - start
     multiply = tensor_instructions(compiled)
-    of_templates = {name for name, record in builder.kernels.items() if record["template"] in TEMPLATES}
+    names = (name for name, record in builder.kernels.items() if record["template"] in TEMPLATES)
+    of_templates = {made.together.get(name, name) for name in names}
+    line.launches = sum(count for order in made.repeatable.values() for count, _ in order)
     mains = {name for name in compiled.resources if launcher(name) in of_templates and _is_main(name, multiply)}
     records = described(compiled.resources, made.source, profile)
     line.kernels, line.templates = len(compiled.resources), len(of_templates)
@@ -121,14 +128,30 @@ def compiled_lines(
         for target in targets:
             try:
                 result = mmopt.optimize(
-                    mmopt.load(source), target=target, precision=options.precision, validate=options.validate
+                    mmopt.load(source),
+                    target=target,
+                    precision=options.precision,
+                    validate=options.validate,
+                    samples="random" if options.precision == "int8" else None,
                 )
                 yield examine(result.module, model.name, load_profile(target))
             except MmoptError as error:
                 yield Line(model.name, target, problem=str(error))
 
 
-COLUMNS = ("model", "target", "kernels", "templates", "no mma", "spilled", "elsewhere", "registers", "occupancy", "s")
+COLUMNS = (
+    "model",
+    "target",
+    "kernels",
+    "launches",
+    "templates",
+    "no mma",
+    "spilled",
+    "elsewhere",
+    "registers",
+    "occupancy",
+    "s",
+)
 
 
 def sheet(lines: Sequence[Line]) -> Sheet:
@@ -138,6 +161,7 @@ def sheet(lines: Sequence[Line]) -> Sheet:
             line.model,
             line.target,
             str(line.kernels),
+            str(line.launches),
             str(line.templates),
             str(len(line.without)),
             str(sum(line.spilling.values())),
@@ -186,7 +210,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--models", default=",".join(sorted(ZOO)), metavar="NAMES", help="with commas (all)")
     parser.add_argument("--targets", default=",".join(TARGETS), metavar="NAMES", help="with commas (%(default)s)")
-    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"), help="(%(default)s)")
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS, help="(%(default)s)")
     parser.add_argument("--batch", type=int, default=1, help="(%(default)s)")
     parser.add_argument("--validate", default="end", choices=("each", "end", "off"), help="of rewrites (%(default)s)")
     parser.add_argument("--work", type=pathlib.Path, metavar="FOLDER", help="keep exports there")

@@ -89,9 +89,12 @@ class Emulated:
     Args:
         modules: The models by name; one is called ``main``.
         target: Name of a profile, or one.
+        batched: Small kernels share launches.
     """
 
-    def __init__(self, modules: Module | Mapping[str, Module], target: str | Profile = "cuda-sm80") -> None:
+    def __init__(
+        self, modules: Module | Mapping[str, Module], target: str | Profile = "cuda-sm80", *, batched: bool = True
+    ) -> None:
         self.modules = {"main": modules} if isinstance(modules, Module) else dict(modules)
         self.profile = load_profile(target) if isinstance(target, str) else target
         self.builder = ProgramBuilder(self.profile)
@@ -102,7 +105,8 @@ class Emulated:
             if lacking:
                 raise AssertionError(f"parts of {name} have no kernels: {lacking}")
         kernels = list(self.builder.kernels)
-        self.generated: Generated = generate(self.builder.module(), self.profile, kernels, emulated=True)
+        made = self.builder.module()
+        self.generated: Generated = generate(made, self.profile, kernels, emulated=True, batched=batched)
         self._folder = tempfile.TemporaryDirectory(prefix="mmopt-emulator-")
         self._machine = self._loaded()
 

@@ -34,7 +34,7 @@ def test_kernels_of_a_model_are_examined(monkeypatch: pytest.MonkeyPatch) -> Non
     assert (line.templates, line.kernels) == (1, 2)
     assert 0 < line.occupancy < 1
     assert line.registers > 32
-    assert cuda.sheet([line]).rows[0][:4] == ["tiny", "cuda-sm80", "2", "1"]
+    assert cuda.sheet([line]).rows[0][:5] == ["tiny", "cuda-sm80", "2", "2", "1"]
 
     made = cuda.compiled_kernels
 

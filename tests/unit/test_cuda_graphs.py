@@ -84,7 +84,7 @@ def towers() -> Example:
 @emulated
 def test_towers_are_recorded_as_branches() -> None:
     case = towers()
-    engine = EmulatedEngine(Emulated(grouped(case.model)))
+    engine = EmulatedEngine(Emulated(grouped(case.model), batched=False))
     segment = engine.segment()
     assert segment.repeats
     order = segment.order
@@ -98,7 +98,7 @@ def test_towers_are_recorded_as_branches() -> None:
 def test_without_an_edge_answers_are_wrong() -> None:
     """The emulator does what edges leave open in every order."""
     case = towers()
-    engine = EmulatedEngine(Emulated(grouped(case.model)))
+    engine = EmulatedEngine(Emulated(grouped(case.model), batched=False))
     segment = engine.segment()
     loose = tuple((count, ()) for count, _ in segment.order)
     object.__setattr__(segment, "order", loose)

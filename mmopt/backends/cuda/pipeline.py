@@ -27,6 +27,7 @@ from mmopt.backends.cpu.pipeline import legalize, plain
 from mmopt.backends.cuda.compiler import Compiled, compile_source, fat_binary
 from mmopt.backends.cuda.launching import launches, takes_memory
 from mmopt.backends.cuda.resources import described
+from mmopt.backends.cuda.together import side_by_side
 from mmopt.backends.linking import Library, linker_for
 from mmopt.backends.profile import Profile
 from mmopt.errors import BackendError
@@ -49,12 +50,14 @@ class Generated:
         source: CUDA C++ of all kernels.
         workspace: Bytes of device memory that a call needs.
         repeatable: As in :class:`mmopt.backends.linking.Library`.
+        together: For kernels that are launched with others, the name of what launches them.
     """
 
     executable: relax.VMExecutable
     source: str
     workspace: int
     repeatable: dict[str, Order]
+    together: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 def target_of(profile: Profile) -> tvm.target.Target:
@@ -109,7 +112,9 @@ compilation_pipeline.register_tir_pipeline("mmopt-cuda", lambda: _lowering(_CUDA
 compilation_pipeline.register_tir_pipeline("mmopt-cuda-emulated", lambda: _lowering(_CPU))
 
 
-def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, emulated: bool = False) -> Generated:
+def generate(
+    module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, emulated: bool = False, batched: bool = True
+) -> Generated:
     """Generate code for host and device.
 
     Args:
@@ -117,6 +122,7 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
         profile: A ``cuda`` profile.
         kernels: Names of the kernels.
         emulated: Tensors are in the CPU's memory, for an emulator that runs the kernels there.
+        batched: Small kernels share launches; see :func:`~.together.side_by_side`.
 
     Raises:
         BackendError: Code generation failed.
@@ -124,7 +130,8 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
     target = target_of(profile)
     try:
         with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True}), _source_only():
-            joined = join_kernels(plain(module), {name: n for n, name in enumerate(kernels)}, on_device=takes_memory)
+            calling, together = side_by_side(plain(module), profile) if batched else (plain(module), {})
+            joined = join_kernels(calling, {name: n for n, name in enumerate(kernels)}, on_device=takes_memory)
             lowered = legalize()(joined.module)
             name = "mmopt-cuda-emulated" if emulated else "mmopt-cuda"
             nothing = tvm.transform.Sequential([])
@@ -133,7 +140,7 @@ def generate(module: tvm.IRModule, profile: Profile, kernels: Sequence[str], *, 
         raise BackendError(f"code generation failed: {error}", where=f"target {profile.name}") from error
     sources = [m.inspect_source("cuda") for m in _device_modules(executable.mod)]
     repeatable = {name: _order(joined.module, steps) for name, steps in joined.repeatable.items()}
-    return Generated(executable, sources[0] if sources else "", joined.workspace, repeatable)
+    return Generated(executable, sources[0] if sources else "", joined.workspace, repeatable, together)
 
 
 def _order(module: tvm.IRModule, steps: Sequence[Ordered]) -> Order:
@@ -200,7 +207,8 @@ def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]
         return Library(link(made, b"", profile), made.workspace, repeatable=made.repeatable)
     compiled = compiled_kernels(made, profile.sm)
     taken = described(compiled.resources, made.source, profile)
-    facts = {name: {"device": taken[name]} for name in kernels if name in taken}
+    launchers = {name: made.together.get(name, name) for name in kernels}
+    facts = {name: {"device": taken[by]} for name, by in launchers.items() if by in taken}
     return Library(link(made, fat_binary([compiled]), profile), made.workspace, facts, made.repeatable)
 
 
