@@ -1,7 +1,9 @@
 """Every matrix product and convolution of five models, one by one: its rate and share of the peak, both measured here.
 
 Weights are cold: every call reads another copy, and all copies together are larger than the last-level cache (at most
-512 MB). The kernel is the one mmopt compiles into a model that has this layer, with its bias and ReLU.
+512 MB). The kernel is the one mmopt compiles into a model that has this layer, with its bias and ReLU; in int8 it reads
+and writes eight bits, as layers between quantized ones do. Each is measured a second time with weights that stay where
+they are, so that what is lost to memory can be told from what is lost to caches and to the kernel.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ class Case:
         parameters: What the template chose.
         seconds: Time of one call.
         spread: Median deviation of that, as a fraction.
+        warm_seconds: Time of one call whose weights are those of the call before.
     """
 
     model: str
@@ -68,6 +71,7 @@ class Case:
     parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
     spread: float = 0.0
+    warm_seconds: float = 0.0
 
     @property
     def rate(self) -> float:
@@ -83,6 +87,11 @@ class Case:
         """Share of the arithmetic peak."""
         peak = peaks.operations.get(KINDS[self.precision])
         return self.rate / peak if peak and self.seconds else None
+
+    def warm_of_peak(self, peaks: Peaks) -> float | None:
+        """Share of the arithmetic peak when the weights stay in a cache, if they fit one."""
+        peak = peaks.operations.get(KINDS[self.precision])
+        return self.layer.operations / self.warm_seconds / peak if peak and self.warm_seconds else None
 
     def of_bound(self, peaks: Peaks) -> float | None:
         """Share of what bounds it: arithmetic, or reading its weights from memory, whichever takes longer."""
@@ -101,11 +110,12 @@ class Case:
             "rate": self.rate,
             "share_of_peak": self.of_peak(peaks),
             "share_of_bound": self.of_bound(peaks),
+            "warm_share_of_peak": self.warm_of_peak(peaks),
         }
 
 
 def onnx_of(layer: Layer, precision: str) -> onnx.ModelProto:
-    """The layer, its bias and a ReLU as a model; for int8 with quantized operands, scales per channel."""
+    """The layer, its bias and a ReLU as a model; for int8 with quantized operands and results, scales per channel."""
     rng = np.random.default_rng(0)
     if isinstance(layer, Product):
         shape, out = [layer.m, layer.k], [layer.m, layer.n]
@@ -124,6 +134,8 @@ def onnx_of(layer: Layer, precision: str) -> onnx.ModelProto:
             "w": rng.integers(-127, 128, weight.shape, np.int8),
             "w_scale": rng.uniform(0.01, 0.02, bias).astype(np.float32),
             "w_zero": np.zeros(bias, np.int8),
+            "y_scale": np.array(0.05, np.float32),
+            "y_zero": np.array(0, np.uint8),
         }
         nodes.append(helper.make_node("DequantizeLinear", ["x", "x_scale", "x_zero"], ["xf"]))
         nodes.append(helper.make_node("DequantizeLinear", ["w", "w_scale", "w_zero"], ["wf"], axis=axis))
@@ -139,13 +151,15 @@ def onnx_of(layer: Layer, precision: str) -> onnx.ModelProto:
             "strides": [layer.stride] * len(layer.space),
         }
         nodes.append(helper.make_node("Conv", [x, w, "bias"], ["sum"], group=layer.groups, **attributes))
-    nodes.append(helper.make_node("Relu", ["sum"], ["y"]))
-    taken = TensorProto.UINT8 if precision == "int8" else TensorProto.FLOAT
+    nodes.append(helper.make_node("Relu", ["sum"], ["r" if precision == "int8" else "y"]))
+    if precision == "int8":
+        nodes.append(helper.make_node("QuantizeLinear", ["r", "y_scale", "y_zero"], ["y"]))
+    element = TensorProto.UINT8 if precision == "int8" else TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,
         "layer",
-        [helper.make_tensor_value_info("x", taken, shape)],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, out)],
+        [helper.make_tensor_value_info("x", element, shape)],
+        [helper.make_tensor_value_info("y", element, out)],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
@@ -207,12 +221,25 @@ def measure(cases: Sequence[Case], folder: pathlib.Path, threads: int, console: 
         for case, task in zip(cases, prepared["tasks"], strict=True):
             case.problem, case.template, case.parameters = task["problem"], task["template"], task["parameters"]
             if task["kernel"] is not None:
-                (found,) = supervisor.measure({"threads": threads, "candidates": [{"kernels": [task["kernel"]]}]})
+                found = _timed(supervisor, task["kernel"], threads)
                 case.seconds, case.spread = found.get("seconds", 0.0), found.get("spread", 0.0)
                 case.problem = case.problem or found.get("error", "")
+                case.warm_seconds = _timed(supervisor, warm(task["kernel"]), threads).get("seconds", 0.0)
     finally:
         supervisor.close()
     return better(before, measure_peaks(profile, threads, kinds))
+
+
+def _timed(supervisor: Supervisor, kernel: dict[str, Any], threads: int) -> dict[str, Any]:
+    (found,) = supervisor.measure({"threads": threads, "candidates": [{"kernels": [kernel]}]})
+    return found
+
+
+def warm(kernel: dict[str, Any]) -> dict[str, Any]:
+    """The same kernel, with weights that are the same in every call."""
+    roles = {"weight": "input"}
+    arguments = [{**a, "role": roles.get(a["role"], a["role"])} if "role" in a else a for a in kernel["arguments"]]
+    return {**kernel, "arguments": arguments}
 
 
 def better(one: Peaks, other: Peaks) -> Peaks:
@@ -227,9 +254,11 @@ def means(cases: Iterable[Case], peaks: Peaks) -> dict[str, float | None]:
     good = [case for case in cases if case.seconds and not case.problem]
     of_peak = [share for case in good if (share := case.of_peak(peaks))]
     of_bound = [share for case in good if (share := case.of_bound(peaks))]
+    warmed = [share for case in good if (share := case.warm_of_peak(peaks))]
     return {
         "share_of_peak": geometric_mean(of_peak) if of_peak else None,
         "share_of_bound": geometric_mean(of_bound) if of_bound else None,
+        "warm_share_of_peak": geometric_mean(warmed) if warmed else None,
     }
 
 
@@ -239,7 +268,7 @@ def sheet(model: str, precision: str, cases: Sequence[Case], peaks: Peaks) -> Sh
     rows = []
     for case in cases:
         share = case.total / whole if whole else 0.0
-        shares = (case.of_peak(peaks), case.of_bound(peaks))
+        shares = (case.of_peak(peaks), case.of_bound(peaks), case.warm_of_peak(peaks))
         percent = ["-" if value is None else f"{value:.0%}" for value in shares]
         time = quantity(case.seconds, "s") if case.seconds else "-"
         rate = f"{case.rate / 1e9:.0f} Gop/s" if case.seconds else "-"
@@ -247,10 +276,12 @@ def sheet(model: str, precision: str, cases: Sequence[Case], peaks: Peaks) -> Sh
             [case.layer.label, str(case.layer.calls), time, rate, *percent, f"{share:.0%}", remark(case, peaks, share)]
         )
     found = means(cases, peaks)
-    shown = ["-" if found[key] is None else f"{found[key]:.0%}" for key in ("share_of_peak", "share_of_bound")]
+    shown = ["-" if share is None else f"{share:.0%}" for share in found.values()]
     rows.append(["geometric mean", "", quantity(whole, "s"), "", *shown, "", ""])
     return Sheet(
-        f"{model}, {precision}", ("layer", "calls", "time", "rate", "of peak", "of bound", "of time", "remark"), rows
+        f"{model}, {precision}",
+        ("layer", "calls", "time", "rate", "of peak", "of bound", "warm, of peak", "of time", "remark"),
+        rows,
     )
 
 
@@ -345,9 +376,12 @@ def show(cases: Sequence[Case], peaks: Peaks) -> None:
         out.print(table.rich())
     for precision in dict.fromkeys(case.precision for case in cases):
         found = means([case for case in cases if case.precision == precision], peaks)
-        of_peak, of_bound = found["share_of_peak"], found["share_of_bound"]
-        if of_peak is not None and of_bound is not None:
-            out.print(f"{precision}: {of_peak:.0%} of the peak, {of_bound:.0%} of the bound (geometric means)")
+        of_peak, of_bound, warmed = found.values()
+        if of_peak is not None and of_bound is not None and warmed is not None:
+            out.print(
+                f"{precision}: {of_peak:.0%} of the peak, {of_bound:.0%} of the bound, with warm weights {warmed:.0%} "
+                "of the peak (geometric means)"
+            )
     rates = ", ".join(f"{kind} {rate / 1e9:.0f} Gop/s" for kind, rate in peaks.operations.items())
     out.print(f"peak with {peaks.threads} threads: {rates}; reading memory {peaks.bandwidth / 1e9:.1f} GB/s")
 

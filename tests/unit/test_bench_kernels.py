@@ -55,6 +55,7 @@ def test_a_layer_becomes_a_valid_model_of_the_stated_size(layer: kernels.Layer, 
     (y,) = session.run(None, {"x": x})
     shape = [layer.m, layer.n] if isinstance(layer, Product) else [1, layer.filters, *layer.outputs]
     assert list(y.shape) == shape
+    assert y.dtype == (np.uint8 if precision == "int8" else np.float32)
     weight = next(i for i in proto.graph.initializer if i.name == "w")
     assert np.prod(weight.dims) == layer.weights
 
@@ -73,6 +74,15 @@ def test_shares_of_the_peak_and_of_what_bounds_it() -> None:
         [case, kernels.Case("m", case.layer, "fp32", problem="computed in float32", seconds=1)], PEAKS
     )
     assert means["share_of_peak"] == pytest.approx(0.5)
+
+
+def test_warm_weights_are_the_same_in_every_call() -> None:
+    case = kernels.Case("m", Product(2, 100, 1000, 1000), "fp32", seconds=8e-3, warm_seconds=4e-3)
+    assert case.warm_of_peak(PEAKS) == pytest.approx(0.5)
+    taken, weight, size = {"role": "input", "shape": [1]}, {"role": "weight", "shape": [2]}, {"symbol": 7}
+    changed = kernels.warm({"library": "0.so", "arguments": [taken, weight, size]})
+    assert changed == {"library": "0.so", "arguments": [taken, {"role": "input", "shape": [2]}, size]}
+    assert weight["role"] == "weight"
 
 
 def test_kinds_of_arithmetic() -> None:
@@ -99,6 +109,7 @@ def test_a_run_from_end_to_end(
         assert layer["problem"] == ""
         assert layer["template"]
         assert layer["seconds"] > 0
+        assert layer["warm_seconds"] > 0
         assert layer["share_of_peak"] == pytest.approx(layer["rate"] / data["peaks"]["operations"]["float32"])
     assert kernels.main(["--models", "small", "--precision", "bf16", *where, "--reuse"]) == 2
 
