@@ -4,8 +4,9 @@
 
 FOLDER holds the networks of ``benchmarks.trained``, which are made when missing. Every method gets the same calibration
 samples and is judged by onnxruntime on the same test samples: accuracy, or how far cosine similarities of embeddings
-move; with 95 % intervals of the difference from the float network, and of the difference from peers, by resampling the
-test samples (paired bootstrap). Results are kept in ``FOLDER/quantized``; ``--reuse`` takes them from there.
+move; with 95 % intervals of the difference from the float network, and of differences from peers in score and in
+squared error of the outputs, by resampling the test samples (paired bootstrap). Results are kept in
+``FOLDER/quantized``; ``--reuse`` takes them from there.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from mmopt.errors import MmoptError
 
 FLOAT = "float"
 OURS = "mmopt w8a8"
+SAMPLES = ("scores", "losses")
+"""What a row says of each sample."""
 
 
 def judge(name: str, folder: pathlib.Path, methods: Sequence[str], *, reuse: bool) -> list[dict[str, Any]]:
@@ -82,20 +85,25 @@ def _row(name: str, method: str, found: Any, plain: Any, labels: Any, model: ir.
         "layers": layers,
         "products": products,
         "scores": scores,
+        "losses": judging.losses(found, plain),
     }
 
 
 def _keep(path: pathlib.Path, row: dict[str, Any]) -> None:
     path.parent.mkdir(exist_ok=True)
-    plain = {key: value for key, value in row.items() if key != "scores"}
-    if "scores" in row:
-        np.save(path.with_suffix(".npy"), row["scores"])
-    path.with_suffix(".json").write_text(json.dumps(plain))
+    if "failed" not in row:
+        np.savez(path.with_suffix(".npz"), **{key: row[key] for key in SAMPLES})
+    path.with_suffix(".json").write_text(json.dumps(_summary(row)))
 
 
 def _kept(path: pathlib.Path) -> dict[str, Any]:
     row: dict[str, Any] = json.loads(path.with_suffix(".json").read_text())
-    return row if "failed" in row else {**row, "scores": np.load(path.with_suffix(".npy"))}
+    return row if "failed" in row else {**row, **np.load(path.with_suffix(".npz"))}
+
+
+def _summary(row: dict[str, Any]) -> dict[str, Any]:
+    """A row without what it says of each sample."""
+    return {key: value for key, value in row.items() if key not in SAMPLES}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -121,13 +129,20 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def against_peers(rows: Sequence[dict[str, Any]], ours: str) -> list[str]:
     """How ``ours`` differs from every peer on the same samples, in Markdown."""
-    lines = ["| network | peer | score of ours less the peer's (95 %) |", f"|{' --- |' * 3}"]
+    lines = [
+        "| network | peer | score of ours less the peer's (95 %) | squared error of ours beside the peer's (95 %) |",
+        f"|{' --- |' * 4}",
+    ]
     for mine in (row for row in rows if row["method"] == ours and "scores" in row):
         for row in rows:
             if row["network"] != mine["network"] or "scores" not in row or row["method"].startswith(("mmopt", FLOAT)):
                 continue
             mean, low, high = judging.interval(mine["scores"], row["scores"])
-            lines.append(f"| {row['network']} | {row['method']} | {mean:+.3f} ({low:+.3f} … {high:+.3f}) |")
+            share, least, most = judging.ratio(mine["losses"], row["losses"])
+            lines.append(
+                f"| {row['network']} | {row['method']} | {mean:+.3f} ({low:+.3f} … {high:+.3f}) "
+                f"| {share:.3f}× ({least:.3f} … {most:.3f}) |"
+            )
     return lines
 
 
@@ -151,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return error.exit_code
     print("\n".join([*table(rows), "", f"{options.ours} beside its peers:", "", *against_peers(rows, options.ours)]))
     if options.json is not None:
-        plain = [{key: value for key, value in row.items() if key != "scores"} for row in rows]
+        plain = [_summary(row) for row in rows]
         content = {"schema_version": 2, "kind": "mmopt-quantization", "machine": machine.facts(), "rows": plain}
         options.json.write_text(json.dumps(content, indent=1) + "\n")
     return 0

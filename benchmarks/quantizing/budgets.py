@@ -67,7 +67,7 @@ def compare(name: str, folder: pathlib.Path) -> list[dict[str, Any]]:
                 target = pathlib.Path(scratch) / "quantized.onnx"
                 by_mmopt(pass_)(source, calibration, target)
                 found = judging.outputs(target, test)
-            losses[preset] = ((found - plain) ** 2).mean(axis=1) / (plain**2).mean()
+            losses[preset] = judging.losses(found, plain)
             change, low, high = judging.interval(judging.scores(found, plain, labels), before)
             rows.append(
                 {

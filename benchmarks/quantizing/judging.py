@@ -52,6 +52,18 @@ def relative_error(found: Array, plain: Array) -> float:
     return float(np.sqrt(((found - plain) ** 2).mean() / (plain**2).mean()))
 
 
+def losses(found: Array, plain: Array) -> Array:
+    """Mean square error of each sample's outputs, of the mean square of all."""
+    return np.asarray(((found - plain) ** 2).mean(axis=1) / (plain**2).mean())
+
+
+def ratio(first: Array, second: Array, seed: int = 0) -> tuple[float, float, float]:
+    """Sum of ``first`` over that of ``second`` over the same samples, and its 95 % interval (paired bootstrap)."""
+    places = np.random.default_rng(seed).integers(0, len(first), (RESAMPLES, len(first)), dtype=np.int32)
+    low, high = np.percentile(first[places].sum(axis=1) / second[places].sum(axis=1), [2.5, 97.5])
+    return float(first.sum() / second.sum()), float(low), float(high)
+
+
 def interval(first: Array, second: Array, seed: int = 0) -> tuple[float, float, float]:
     """Mean of ``first − second`` over the same samples, and its 95 % interval (paired bootstrap, percentiles)."""
     difference = first - second

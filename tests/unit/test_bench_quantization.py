@@ -52,3 +52,21 @@ def test_coverage_counts_what_reads_nothing_but_integers() -> None:
     assert judging.coverage(static.model) == (2, 0)
     assert judging.coverage(weight_only.model) == (0, 0)
     assert judging.nbytes(static.model) < 0.5 * judging.nbytes(build().model)
+
+
+def test_ratio_is_that_of_the_sums() -> None:
+    random = np.random.default_rng(2)
+    second = random.random(2000) + 0.5
+    first = 0.8 * second * np.exp(0.1 * random.standard_normal(2000))
+    share, low, high = judging.ratio(first, second)
+    assert share == pytest.approx(first.sum() / second.sum())
+    assert low < share < high
+    assert 0.01 > high - low > 0
+    assert judging.ratio(first, first) == (1, 1, 1)
+
+
+def test_losses_are_the_square_of_the_error() -> None:
+    random = np.random.default_rng(3)
+    plain = random.standard_normal((50, 4))
+    found = plain + 0.1 * random.standard_normal((50, 4))
+    assert np.sqrt(judging.losses(found, plain).mean()) == pytest.approx(judging.relative_error(found, plain))

@@ -126,7 +126,8 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
     )
     workload = work.workload()
     offered = direct_candidates(context.program.profile, work)
-    if all(d == 1 for d in shape.window.dilations):
+    # Filters transformed for Winograd's algorithm are no integers any more.
+    if all(d == 1 for d in shape.window.dilations) and w.widened is None:
         offered += winograd_candidates(context.program.profile, work)
     chosen = context.program.chooser.choose(workload, offered)
     if (cut := cut_of(chosen)) is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from mmopt.analysis.calibration import Calibration
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
-from mmopt.transforms.quantize.layers import Layer
+from mmopt.transforms.quantize.compress_weights import CompressWeights, Store
+from mmopt.transforms.quantize.layers import KINDS, Layer
 from mmopt.transforms.quantize.quantize_static import QuantizeStatic
 from mmopt.transforms.quantize.quantize_weights import QuantizeWeights
 
@@ -35,9 +37,11 @@ class Scheme:
     activation_bits: int = 0
     block: int = 0
 
-    def fits(self, layer: Layer) -> bool:
-        """Whether there are kernels for ``layer`` quantized like this."""
-        return self.name in (FLOAT, "w8a8") or not is_onnx(layer.node, "Conv")
+    def fits(self, layer: Layer | Store) -> bool:
+        """Whether there are kernels for ``layer`` quantized like this, or it can at least be stored so."""
+        if isinstance(layer, Store):
+            return not self.activation_bits
+        return self.name != "w8a16" or not is_onnx(layer.node, "Conv")
 
 
 SCHEMES = {
@@ -53,13 +57,23 @@ SCHEMES = {
 """The schemes, from the closest to the smallest."""
 
 
-def parameters(layer: Layer) -> int:
+def offered(layer: Layer | Store, schemes: Iterable[str]) -> list[str]:
+    """Those of ``schemes`` that are worth considering for a layer.
+
+    A convolution whose weights alone are integers computes in float. That is worth fewer bits, not the same.
+    """
+    names = [name for name in schemes if SCHEMES[name].fits(layer)]
+    integers = is_onnx(layer.node, "Conv") and "w8a8" in names
+    return [name for name in names if not (integers and name == "w8")]
+
+
+def parameters(layer: Layer | Store) -> int:
     """Number of weights of a layer."""
-    tensor = tensor_of(layer.weight)
-    return 0 if tensor is None else int(tensor.size)
+    tensors = [tensor_of(weight) for weight in layer.weights]
+    return sum(int(tensor.size) for tensor in tensors if tensor is not None)
 
 
-def nbytes(layer: Layer, scheme: Scheme) -> float:
+def nbytes(layer: Layer | Store, scheme: Scheme) -> float:
     """Bytes of a layer's weights under a scheme."""
     return parameters(layer) * scheme.bits / 8
 
@@ -85,9 +99,9 @@ def assign(module: Module, assignment: Mapping[str, str], calibration: Calibrati
             static = QuantizeStatic(activation_bits=bits, include=chosen, logits=True, **options)  # type: ignore[arg-type]
             static.quantize(module, context, calibration)
         elif name != FLOAT:
-            weight_bits: object = 8 if name == "w8" else 4
-            weights = QuantizeWeights(bits=weight_bits, block=scheme.block, include=chosen, logits=True)  # type: ignore[arg-type]
-            weights.run(module, context)
+            few: Literal[4, 8] = 8 if name == "w8" else 4
+            QuantizeWeights(few, scheme.block, kinds=KINDS, include=chosen, logits=True).run(module, context)
+            CompressWeights(few, scheme.block, include=chosen).run(module, context)
 
 
 def escaped(name: str) -> str:

@@ -36,6 +36,33 @@ _DTYPES = {8: ir.DataType.INT8, 4: ir.DataType.INT4}
 
 
 @dataclasses.dataclass(frozen=True)
+class Store:
+    """An operator whose constants are only stored in integers.
+
+    Attributes:
+        node: The operator.
+        weights: The constants, which nothing else reads.
+    """
+
+    node: ir.Node
+    weights: tuple[ir.Value, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the node."""
+        return str(self.node.name)
+
+
+def stores(module: Module) -> list[Store]:
+    """Tables and recurrences of the main graph whose weights nothing else reads."""
+    found: dict[ir.Node, list[ir.Value]] = {}
+    for node, weight in _weights(module, ("Gather", *RECURRENT)):
+        if len(weight.uses()) == 1:
+            found.setdefault(node, []).append(weight)
+    return [Store(node, tuple(weights)) for node, weights in found.items()]
+
+
+@dataclasses.dataclass(frozen=True)
 class CompressWeights(Pass):
     """Store embedding tables and recurrent weights in 4 or 8 bits, and compute in float.
 

@@ -23,6 +23,9 @@ _BOUNDS = {
     ir.DataType.UINT4: (0, 15),
 }
 
+_FEW = (ir.DataType.INT4, ir.DataType.UINT4)
+"""Types with so few integers that the one more on the negative side counts."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
@@ -85,7 +88,8 @@ def encode(low: Array, high: Array, dtype: ir.DataType, *, symmetric: bool, axis
         low: Lower ends, one for each scale.
         high: Upper ends.
         dtype: Integer type.
-        symmetric: Whether 0 is encoded as 0 (as the middle, of an unsigned type) and both sides are alike.
+        symmetric: Whether 0 is encoded as 0 (as the middle, of an unsigned type) and both sides are alike; of 4 bits,
+            the lowest integer is used all the same.
         axis: Axis of channels or blocks.
         block: Elements of a block.
     """
@@ -93,7 +97,8 @@ def encode(low: Array, high: Array, dtype: ir.DataType, *, symmetric: bool, axis
     low, high = np.minimum(low, 0).astype(np.float64), np.maximum(high, 0).astype(np.float64)
     if symmetric:
         middle = 0 if lowest < 0 else (highest + 1) // 2
-        scale = _usable(np.maximum(np.abs(low), np.abs(high)) / (highest - middle))
+        below = middle - lowest if dtype in _FEW else highest - middle
+        scale = _usable(np.maximum(-low / below, high / (highest - middle)))
         zero = None if middle == 0 else np.full(scale.shape, middle)
         return Encoding(dtype, scale, zero, axis, block)
     scale = _usable((high - low) / (highest - lowest))

@@ -37,7 +37,7 @@ class QuantizeWeights(Pass):
         bits: Bits of a weight.
         block: Weights along the depth that share a scale; 0 for one scale an output channel.
         symmetric: Whether steps are symmetric around 0; otherwise each block has a zero point of its own.
-        search: Whether to clip extremes where that lessens the squared error.
+        search: Whether to clip extremes where that lessens the squared error, when integers are the nearest.
         method: ``round`` to the nearest, or ``gptq`` or ``adaround``: choose integers for what the layer gives on
             calibration samples.
         recover: Whether integers and biases are chosen once more, layer after layer, so that each gives what it gave in
@@ -117,9 +117,10 @@ class QuantizeWeights(Pass):
         """How ``weight`` is quantized."""
         dtype = (_SIGNED if self.symmetric else _UNSIGNED)[self.bits]
         depth = weight.shape[layer.depth_axis]
-        block = self.block if 0 < self.block < depth and weight.ndim == 2 else 0
+        block = self.block if 0 < self.block < depth else 0
         axis = layer.depth_axis if block else layer.out_axis
-        ratios = _RATIOS if self.search else _RATIOS[:1]
+        # What these push from weight to weight needs the extremes.
+        ratios = _RATIOS if self.search and self.method == "round" else _RATIOS[:1]
         tried = [
             encode_weight(weight, dtype, axis, block=block, symmetric=self.symmetric, ratio=ratio) for ratio in ratios
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmopt.analysis.calibration import Calibration
@@ -12,7 +12,8 @@ from mmopt.analysis.calibration.collect import Batches
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module
 from mmopt.transforms.canonicalize.editing import Array
-from mmopt.transforms.quantize.assignment import FLOAT, SCHEMES, assign, relative_error
+from mmopt.transforms.quantize.assignment import FLOAT, assign, offered, relative_error
+from mmopt.transforms.quantize.compress_weights import Store
 from mmopt.transforms.quantize.layers import Layer
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Sensitivity:
 
 def measure(
     module: Module,
-    layers: Sequence[Layer],
-    schemes: Iterable[str],
+    layers: Sequence[Layer | Store],
+    schemes: Collection[str],
     samples: Mapping[str, Array],
     calibration: Calibration | None,
     *,
@@ -65,7 +66,7 @@ def measure(
     Args:
         module: The module in float; it is left as it is.
         layers: Layers to measure.
-        schemes: Schemes to measure each under, where it fits.
+        schemes: Schemes to measure each under, where they are worth considering.
         samples: Arrays by input name with a leading axis of samples. Each layer is measured on so many of them that a
             hundred layers cost about :data:`EVALUATIONS` runs over all.
         calibration: Statistics of the module.
@@ -78,7 +79,7 @@ def measure(
         BackendError: The model does not run on the samples.
     """
     batches = Batches(module, samples)
-    pairs = [(layer, name) for layer in layers for name in schemes if name != FLOAT and SCHEMES[name].fits(layer)]
+    pairs = [(layer, name) for layer in layers for name in offered(layer, schemes) if name != FLOAT]
     schemes_each = max(1, len({name for _, name in pairs}))
     count = max(1, math.ceil(len(batches) * EVALUATIONS / 100 / schemes_each))
     # Spread over the samples, so that no layer is judged by the first few alone.
