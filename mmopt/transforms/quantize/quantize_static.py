@@ -27,7 +27,12 @@ from mmopt.transforms.quantize.encoding import Encoding, encode, encode_weight
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
 from mmopt.transforms.quantize.placement import means, share_upwards, store_bias, stored_sums
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
-from mmopt.transforms.quantize.recurrent_layers import quantize_recurrent, recurrent_layers, recurrent_refusal
+from mmopt.transforms.quantize.recurrent_layers import (
+    LEAST_WORK,
+    quantize_recurrent,
+    recurrent_layers,
+    recurrent_refusal,
+)
 from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
 from mmopt.transforms.quantize.split_channels import SplitChannels
@@ -55,6 +60,7 @@ class QuantizeStatic(Pass):
         portable: Whether to put pairs where other runtimes look for them: biases as int32, integers on both sides of
             sums beside convolutions and of means over images, no zero points in what convolutions read, and recurrence
             in float.
+        recurrent_work: Multiply-adds of states, over all steps, from which LSTM and GRU are quantized.
     """
 
     fidelity: ClassVar[Fidelity] = Fidelity.LOSSY
@@ -70,6 +76,7 @@ class QuantizeStatic(Pass):
     exclude: tuple[str, ...] = ()
     logits: bool = False
     portable: bool = False
+    recurrent_work: int = LEAST_WORK
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Quantize what is selected; leave a remark for each layer that stays as it is.
@@ -160,7 +167,7 @@ class QuantizeStatic(Pass):
         if self.portable or self.activation_bits != 8 or module.opset < BLOCKED_OPSET:
             return chosen
         for node in recurrent_layers(module):
-            if reason := selection.unwanted(node) or recurrent_refusal(node):
+            if reason := selection.unwanted(node) or recurrent_refusal(node, self.recurrent_work):
                 self.remark(context, "missed", str(node.name), f"{node.op_type} stays in float: {reason}")
             else:
                 assert node.inputs[0] is not None

@@ -29,7 +29,7 @@ RECURRENT = ("LSTM", "GRU")
 SMALLEST_HIDDEN = 32
 """Hidden units below which a step gains nothing from integers: its gates take the time."""
 
-SMALLEST_WORK = 1 << 17
+LEAST_WORK = 1 << 17
 """Multiply-adds of states with R, over all steps and sequences, below which rounding what is read costs as much as
 integers save."""
 
@@ -48,8 +48,13 @@ def recurrent_layers(module: Module) -> Iterator[ir.Node]:
             yield node
 
 
-def recurrent_refusal(node: ir.Node) -> str:
-    """Why a recurrent operator stays in float, or "" when it is quantized."""
+def recurrent_refusal(node: ir.Node, least_work: int = LEAST_WORK) -> str:
+    """Why a recurrent operator stays in float, or "" when it is quantized.
+
+    Args:
+        node: The operator.
+        least_work: Multiply-adds with R from which it is quantized, where their number is known.
+    """
     activations = node.attributes.get("activations")
     if activations is not None and not {str(name).lower() for name in activations.as_strings()} <= _BOUNDED:
         return "its state is not bound to ±1 by its activations"
@@ -59,7 +64,7 @@ def recurrent_refusal(node: ir.Node) -> str:
     if hidden < SMALLEST_HIDDEN:
         return f"it has {hidden} hidden units only"
     work = _times(node, rows * hidden)
-    return f"it multiplies {work} numbers by its state only" if work is not None and work < SMALLEST_WORK else ""
+    return f"it multiplies {work} numbers by its state only" if work is not None and work < least_work else ""
 
 
 def _times(node: ir.Node, each: int) -> int | None:
