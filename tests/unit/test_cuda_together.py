@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import numpy as np
 import pytest
+from tvm import tirx
 
+from mmopt.backends.cpu.loops import nothing
+from mmopt.backends.cuda.together import Small
 from mmopt.backends.profile import load_profile
 from tests.cuda_emulator import Emulated, EmulatedEngine, available
 from tests.operators import example, numbers
@@ -67,6 +71,31 @@ def test_a_kernel_used_twice_is_in_a_launch_twice() -> None:
     made = Emulated(grouped(case.model))
     assert launches(made) == 1
     agrees(made, case)
+
+
+@emulated
+def test_a_short_branch_meets_the_end_of_a_long_one() -> None:
+    """What is wanted at the same time is made at the same time, however many steps are before it."""
+    feeds = {"x": numbers(3, 16), "y": numbers(3, 16, seed=1), "w": numbers(16, 16, seed=2)}
+    body = "a = MatMul (x, w) b = MatMul (y, w) t = Tanh (b) c = MatMul (t, w) z = Sub (a, c)"
+    case = with_weight(example(body, feeds, outputs=("z",)), "w")
+    made, apart = Emulated(grouped(case.model)), Emulated(grouped(case.model), batched=False)
+    assert launches(made) < launches(apart)
+    agrees(made, case)
+
+
+def test_nobody_waits_for_a_long_kernel() -> None:
+    variables = [tirx.Var(name, "int64") for name in ("block", "thread")]
+    short = Small(((variables[0], 4),), variables[1], 128, nothing(), 0, 1, multiplies=False, cooperates=False)
+    long = dataclasses.replace(short, steps=2000)
+    wide = dataclasses.replace(short, threads=256)
+    assert short.meets([short], 8)
+    assert not short.meets([short, short], 8), "more blocks than multiprocessors"
+    assert not short.meets([long], 8)
+    assert long.meets([long], 8)
+    assert short.meets([wide], 8)
+    assert not wide.meets([dataclasses.replace(short, cooperates=True)], 8), "threads that wait for each other"
+    assert not dataclasses.replace(short, shared=30000).meets([dataclasses.replace(short, shared=30000)], 8)
 
 
 @emulated

@@ -4,8 +4,8 @@
 
 where ``both`` has the blocks of ``k1`` and then those of ``k2``. A kernel of a few blocks leaves most of a GPU idle and
 takes hardly longer than its launch; two at once take no longer than one, as long as all blocks run at the same time.
-Kernels meet that are as many steps away from the inputs as each other, and that do the same kind of work: whoever waits
-for one then waits for all of them.
+Whoever waits for one then waits for all of them: so kernels meet that do the same kind of work, and are as many steps
+away from the inputs, or from the results, as each other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ SHARED_BYTES = 48 << 10
 """Shared memory that a kernel may have on every GPU."""
 
 STEPS = 1 << 14
-"""Steps of a thread, as far as loops tell, from which a kernel is not small."""
+"""Rounds of loops that a thread does, as far as they are known, from which a kernel is not small."""
+
+FEW_STEPS = 64
+"""Rounds of loops that take less time than a launch, so that nobody minds to wait for them."""
 
 _PRODUCTS = ("mmopt_few_rows", "mmopt_rows_by_rows", "mmopt_rows_by_numbers")
 _HELPERS = ("mmopt_deliver", "__shfl")
@@ -46,6 +49,7 @@ class Small:
         threads: How many there are.
         body: What a thread does.
         shared: Bytes of shared memory.
+        steps: Rounds of loops that a thread does.
         multiplies: Whether it is a product.
         cooperates: Whether threads of a block need each other, so that all have to be there and no more.
     """
@@ -55,6 +59,7 @@ class Small:
     threads: int
     body: Stmt
     shared: int
+    steps: float
     multiplies: bool
     cooperates: bool
 
@@ -84,10 +89,11 @@ class Small:
             *axes[-1],
             body,
             shared,
+            _steps(body),
             any(name.startswith(_PRODUCTS) for name in calls),
             bool(shared) or bool(calls),
         )
-        small = 0 < made.blocks <= most and made.threads > 0 and _steps(body) <= STEPS
+        small = 0 < made.blocks <= most and made.threads > 0 and made.steps <= STEPS
         return made if small and known else None
 
     def part(self, block: Expr, thread: Expr, threads: int) -> Stmt:
@@ -103,6 +109,9 @@ class Small:
         """Whether it can be in a launch with ``others``."""
         every = (self, *others)
         if len({small.multiplies for small in every}) > 1 or sum(small.blocks for small in every) > most:
+            return False
+        steps = [max(FEW_STEPS, small.steps) for small in every]
+        if max(steps) > 2 * min(steps):
             return False
         threads = max(small.threads for small in every)
         fits = all(small.threads == threads or not small.cooperates for small in every)
@@ -181,23 +190,32 @@ class _Batching:
         return value.args[0]
 
     def _batched(self, run: Sequence[Any]) -> list[Any]:
-        """``run`` in steps from the inputs: kernels of a step, then what is made of their results."""
-        levels: dict[Any, int] = {}
-        steps: dict[int, tuple[list[Any], list[Any]]] = {}
-        for binding in run:
-            kernel = self._kernel(binding) is not None
-            needed = [levels.get(var, 0) for var in relax.analysis.free_vars(binding.value)]
-            levels[binding.var] = max(needed, default=0) + kernel
-            steps.setdefault(levels[binding.var], ([], []))[0 if kernel else 1].append(binding)
-        groups = {level: self._groups(kernels) for level, (kernels, _) in steps.items()}
-        if all(len(group) == 1 for found in groups.values() for group in found):
-            return list(run)
-        done: list[Any] = []
-        for level in sorted(steps):
-            for group in groups[level]:
-                done += self._call(group)
-            done += steps[level][1]
+        """``run`` in steps: kernels of a step, then what is made of their results."""
+        kernels = [binding for binding in run if self._kernel(binding) is not None]
+        done, calls = list(run), len(kernels)
+        for levels in self._orders(run):
+            groups = {level: self._groups([b for b in kernels if levels[b.var] == level]) for level in levels.values()}
+            if sum(map(len, groups.values())) >= calls:
+                continue
+            done, calls = [], sum(map(len, groups.values()))
+            for level in sorted(groups):
+                done += [call for group in groups[level] for call in self._call(group)]
+                done += [b for b in run if levels[b.var] == level and self._kernel(b) is None]
         return done
+
+    def _orders(self, run: Sequence[Any]) -> Iterator[dict[Any, int]]:
+        """The step of each binding, by variable: as early as can be, and as late as can be."""
+        ticks = {binding.var: int(self._kernel(binding) is not None) for binding in run}
+        needs = {binding.var: [v for v in relax.analysis.free_vars(binding.value) if v in ticks] for binding in run}
+        early: dict[Any, int] = {}
+        for binding in run:
+            early[binding.var] = max((early[v] for v in needs[binding.var]), default=0) + ticks[binding.var]
+        yield early
+        late = dict.fromkeys(ticks, max(early.values(), default=0))
+        for binding in reversed(run):
+            for needed in needs[binding.var]:
+                late[needed] = min(late[needed], late[binding.var] - ticks[binding.var])
+        yield late
 
     def _groups(self, kernels: Sequence[Any]) -> list[list[Any]]:
         """Kernels that become one launch each; first come, first served."""
