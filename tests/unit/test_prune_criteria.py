@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from typing import Any
 
@@ -19,6 +20,8 @@ from mmopt.transforms.prune import PruneStructured, PruneWeights, RepairLeastSqu
 from mmopt.transforms.prune.gradient_criteria import meeting
 from mmopt.transforms.prune.modalities import Blanks
 from mmopt.transforms.prune.observing import batches_of
+from mmopt.transforms.prune.prune_structured import liked_step
+from mmopt.transforms.prune.slicing import slice_units
 from tests.canonical import evaluate
 from tests.prunable import convolutions, named, perceptron, samples_of, two_modalities
 from tests.unit.tower_models import FLOAT, Net
@@ -95,6 +98,57 @@ def test_units_that_others_can_replace_cost_nothing_in_second_order() -> None:
     (group,) = free_groups(module)
     (curve,) = criteria.curves([group], "second-order", evidence_of(module)).values()
     assert curve.damage[20] < 0.02 < 0.1 < curve.damage[30]
+
+
+def test_what_reads_a_group_makes_up_for_its_loss_by_least_squares() -> None:
+    """With units gone, the reader's weight is the best fit of what it gave, on the same samples."""
+    module = perceptron(hidden=16)
+    groups = find_groups(module)
+    (group,) = (group for group in groups if not group.frozen)
+    samples, kept = samples_of(module, 800), tuple(range(0, 16, 2))
+    hidden, matrix = hidden_of(module, samples), weight(module, "c5").T
+    rows = np.concatenate([hidden, np.sqrt(800 * criteria.DAMPING * (hidden**2).mean()) * np.eye(16)])
+    best, *_ = np.linalg.lstsq(rows[:, kept], rows @ matrix, rcond=None)
+    evidence, cut = evidence_of(module, 800), module.clone()
+    slice_units(cut, groups, {group.name: kept})
+    evidence.make_up(cut, group, kept)
+    np.testing.assert_allclose(weight(cut, "c5").T, best, rtol=1e-4, atol=1e-6)
+    assert weight(module, "c5").shape[1] == 16
+
+
+def test_what_several_groups_are_joined_for_makes_up_with_all_of_them() -> None:
+    """Channels of one tower go; the product behind the join may use those of the other as well."""
+    module = two_modalities()
+    samples, groups = samples_of(module, 128), find_groups(module)
+    batches = batches_of(module, samples)
+    evidence = criteria.Evidence(module, batches)
+    wanted = evaluate(module, samples)["y0"]
+    for group in (group for group in groups if not group.frozen and group.name in ("image/c5", "text/c19")):
+        kept, moved = tuple(range(0, group.units, 2)), []
+        for change in (lambda *given: None, evidence.make_up):
+            cut = module.clone()
+            slice_units(cut, groups, {group.name: kept})
+            change(cut, group, kept)
+            moved.append(((evaluate(cut, samples)["y0"] - wanted) ** 2).sum())
+        assert moved[1] < 0.5 * moved[0], group.name
+
+
+def test_curves_are_found_once_for_the_same_module_samples_and_criterion(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = two_modalities(), []
+    find = criteria.curves
+    monkeypatch.setattr(criteria, "curves", lambda *given: calls.append(given) or find(*given))
+    for count, options in ((64, {}), (64, {"share": "20%"}), (65, {}), (64, {"criterion": "magnitude"})):
+        PruneStructured(**options).run(module.clone(), PassContext(inputs=samples_of(module, count), seed=77))
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("kind", "units", "measure", "step"), [
+    ("channels", 48, "time", 16), ("channels", 48, "macs", 8), ("channels", 16, "time", 8), ("neurons", 48, "time", 8),
+    ("neurons", 64, "macs", 16), ("heads", 64, "time", 1), ("channels", 3, "time", 1),
+])  # fmt: skip
+def test_sizes_go_by_what_kernels_like(kind: str, units: int, measure: str, step: int) -> None:
+    group = dataclasses.replace(free_groups(perceptron(hidden=8))[0], kind=kind, units=units)
+    assert liked_step(group, measure) == step
 
 
 @needs_torch

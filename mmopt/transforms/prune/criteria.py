@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import onnx_ir as ir
 
 from mmopt.errors import UserError
 from mmopt.ir.evaluate import ReferenceRunner
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 Criterion = Literal["magnitude", "activation", "second-order", "taylor", "fisher", "cross-modal", "random"]
+
+_Key = tuple[str, str]
 
 NEEDS_SAMPLES = ("activation", "second-order", "taylor", "fisher", "cross-modal")
 DAMPING = 0.01
@@ -66,6 +69,18 @@ class Reader:
         """Mean square of its results."""
         return float(np.einsum("dr,dr->", self.weight, self.gram @ self.weight))
 
+    def without(self, places: Array) -> Array:
+        """The weight that comes nearest to its results when it reads these places of the depth only.
+
+        Args:
+            places: Places that are left, ascending.
+
+        Returns:
+            ``[places, results]``.
+        """
+        gram = _damped(self.gram)
+        return np.linalg.solve(gram[np.ix_(places, places)], gram[places] @ self.weight)
+
 
 class Evidence:
     """What criteria go by.
@@ -78,22 +93,47 @@ class Evidence:
 
     def __init__(self, module: Module, batches: Sequence[Mapping[str, Array]], seed: int = 0) -> None:
         self.module, self.batches, self.seed = module, batches, seed
-        self._maps = {(str(found.node.name), str(found.weight.name)): found for found in linear_maps(module.graph)}
+        self._maps = _keyed(module)
         self._grams: dict[str, Array] = {}
 
-    def readers(self, group: Group) -> list[Reader]:
-        """The products that read the units of ``group``."""
-        found = []
+    def readers(self, group: Group) -> dict[_Key, Reader]:
+        """The products that read the units of ``group``, by operator and weight."""
+        found: dict[_Key, Reader] = {}
         for place in group.weights:
-            map_ = self._maps.get((str(place.node), place.value))
+            key = (str(place.node), place.value)
+            map_ = self._maps.get(key)
             if map_ is None or map_.groups > 1 or place.axis != map_.depth_axis or place.role.name != "CONSUMER":
                 continue
             tensor = tensor_of(map_.weight)
             assert tensor is not None
             weight = np.moveaxis(tensor.numpy().astype(np.float64), map_.depth_axis, 0)
             positions = [np.array(place.positions[unit], dtype=np.int64) for unit in range(group.units)]
-            found.append(Reader(weight.reshape(len(weight), -1), self.gram(map_), positions))
+            if key in found:  # that it reads in several parts
+                positions = [np.union1d(*both) for both in zip(found[key].positions, positions, strict=True)]
+            found[key] = Reader(weight.reshape(len(weight), -1), self.gram(map_), positions)
         return found
+
+    def make_up(self, cut: Module, group: Group, kept: Sequence[int]) -> None:
+        """Fit what reads the units of a group to the loss of all but ``kept``, by the Gram matrices alone.
+
+        Args:
+            cut: The module without the other units; the weights of products that read the group change in place.
+            group: The group, as it was.
+            kept: Units that are left.
+        """
+        maps = _keyed(cut)
+        for key, reader in self.readers(group).items():
+            found = maps.get(key)
+            if found is None or len(list(found.weight.uses())) > 1:
+                continue
+            tensor = tensor_of(found.weight)
+            assert tensor is not None
+            turned = np.moveaxis(np.asarray(tensor.numpy()), found.depth_axis, 0)
+            gone = np.concatenate([reader.positions[unit] for unit in set(range(group.units)) - set(kept)])
+            fitted = reader.without(np.setdiff1d(np.arange(len(reader.weight)), gone))
+            if fitted.size == turned.size:  # a recurrence makes the units that it reads: its results are fewer as well
+                array = np.moveaxis(fitted.reshape(turned.shape), 0, found.depth_axis).astype(np.float32)
+                found.weight.const_value = ir.tensor(np.ascontiguousarray(array), name=found.weight.name)
 
     def gram(self, map_: LinearMap) -> Array:
         """The Gram matrix of the channels that a product reads."""
@@ -123,6 +163,10 @@ class Evidence:
                     seen[name] += len(rows)
                 count += 1
         self._grams = {name: total / max(1, seen[name]) for name, total in totals.items()}
+
+
+def _keyed(module: Module) -> dict[_Key, LinearMap]:
+    return {(str(found.node.name), str(found.weight.name)): found for found in linear_maps(module.graph)}
 
 
 def curves(groups: Sequence[Group], criterion: Criterion, evidence: Evidence) -> dict[str, Curve]:
@@ -174,7 +218,7 @@ def _activation(group: Group, evidence: Evidence) -> Array:
     if not readers:
         return _magnitude(group, evidence)
     scores = np.zeros(group.units)
-    for reader in readers:
+    for reader in readers.values():
         lost = np.diag(reader.gram) * (reader.weight**2).sum(axis=1) / max(reader.power, 1e-30)
         scores += [lost[places].sum() for places in reader.positions]
     return scores
@@ -192,7 +236,7 @@ def _second_order(group: Group, evidence: Evidence) -> Curve:
     readers = evidence.readers(group)
     if not readers:
         return from_scores(_magnitude(group, evidence))
-    states = [_Elimination(reader) for reader in readers]
+    states = [_Elimination(reader) for reader in readers.values()]
     left = list(range(group.units))
     order: list[int] = []
     damage = [0.0]
@@ -207,6 +251,12 @@ def _second_order(group: Group, evidence: Evidence) -> Curve:
     return Curve(np.array(order), np.maximum.accumulate(np.array(damage)))
 
 
+def _damped(gram: Array) -> Array:
+    damped = gram.copy()
+    damped[np.diag_indices_from(damped)] += DAMPING * max(float(np.diag(gram).mean()), 1e-30)
+    return damped
+
+
 class _Elimination:
     """Takes units from what one product reads, with the rest of its weight fitted again after each.
 
@@ -215,9 +265,7 @@ class _Elimination:
     """
 
     def __init__(self, reader: Reader) -> None:
-        gram = reader.gram.copy()
-        gram[np.diag_indices_from(gram)] += DAMPING * max(float(np.diag(gram).mean()), 1e-30)
-        inverse = np.linalg.inv(gram)
+        inverse = np.linalg.inv(_damped(reader.gram))
         self._inverse, self._weight = (inverse + inverse.T) / 2, reader.weight.copy()
         self._positions, self._power = reader.positions, max(reader.power, 1e-30)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import collections
 import dataclasses
 import fnmatch
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from mmopt.analysis.axes import Group, find_groups
 from mmopt.errors import UserError
 from mmopt.ir.evaluate import ReferenceRunner
+from mmopt.ir.fingerprint import fingerprint
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.prune import costs, criteria
@@ -149,7 +151,9 @@ class PruneStructured(Pass):
         usable = self._usable(groups, context)
         cost = self._cost(module, usable, context)
         batches = [] if context.inputs is None else batches_of(module, context.inputs, most=self.samples)
-        curves = self._curves(module, groups, usable, batches, context)
+        names = tuple(group.name for group in usable)
+        key = (fingerprint(module.model), _digest(context.inputs), names, self.criterion, self.compare, self.samples)
+        curves = _remembered((*key, context.seed), lambda: self._curves(module, groups, usable, batches, context))
         problem = Problem(curves, {g.name: self._options(g) for g in usable}, cost)
         return Plan(tuple(groups), tuple(usable), problem, self.tower_floor, uniform=self.compare == "uniform")
 
@@ -211,11 +215,14 @@ class PruneStructured(Pass):
             )
         some = batches_of(module, context.inputs or {}, most=SAMPLES)
         with ReferenceRunner(seed=context.seed) as runner:
-            return measured(found, module, groups, some, runner)
+            if criterion != "second-order":
+                return measured(found, module, groups, some, runner)
+            # Its damage is what is left after the rest has made up for what goes.
+            return measured(found, module, groups, some, runner, evidence.make_up)
 
     def _options(self, group: Group) -> list[int]:
         """Sizes a group may have, descending: all of it, and multiples of the step down to the floor."""
-        step = self.step or _STEPS.get(group.kind) or _liked(group.units)
+        step = self.step or liked_step(group, self.measure)
         step = -(-step // group.multiple) * group.multiple
         least = max(group.multiple, -(-int(np.ceil(group.units * self.floor)) // step) * step)
         return [group.units, *range((group.units - 1) // step * step, least - 1, -step)]
@@ -252,9 +259,43 @@ def cut_units(module: Module, groups: Sequence[Group], keep: Keep) -> None:
     remember(module, original, cut)
 
 
-def _liked(units: int) -> int:
-    """Units at a time that keep vectors full where there are many, and leave a choice where there are few."""
-    return next((step for step in (16, 8, 4, 2) if units >= 4 * step), 1)
+_known: dict[Hashable, dict[str, Curve]] = {}
+"""Curves found in this process: who searches for a share by measuring asks for the same ones again."""
+
+_MOST = 4
+
+
+def _remembered(key: Hashable, find: Callable[[], dict[str, Curve]]) -> dict[str, Curve]:
+    if key not in _known:
+        while len(_known) >= _MOST:
+            del _known[next(iter(_known))]
+        _known[key] = find()
+    return _known[key]
+
+
+def _digest(samples: Mapping[str, Array] | None) -> str:
+    """Hex digest of the contents of samples."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, array in (samples or {}).items():
+        digest.update(repr((name, array.dtype, array.shape)).encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def liked_step(group: Group, measure: str = "time") -> int:
+    """Units at a time that leave sizes which kernels like.
+
+    Where time is what counts, channels of convolutions fill whole vectors if there are two of them or more: one that is
+    part empty takes as long as a full one, and a copy of the image besides.
+
+    Args:
+        group: What is cut.
+        measure: What costs.
+    """
+    if group.kind in _STEPS:
+        return _STEPS[group.kind]
+    fewest = 2 if group.kind == "channels" and measure == "time" else 4
+    return next((step for step in (16, 8, 4, 2) if group.units >= fewest * step), 1)
 
 
 def _even(curve: Curve) -> Curve:

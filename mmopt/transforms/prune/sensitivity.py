@@ -20,6 +20,9 @@ Array = np.ndarray[Any, Any]
 SAMPLES = 48
 """Samples to run for each group."""
 
+MakeUp = Callable[[Module, "Group", Sequence[int]], None]
+"""Changes a module that only these units of a group are left of, in place."""
+
 _LEAST = 1e-6
 """Damage below this is noise: groups that move nothing are told apart by the order of their units alone."""
 
@@ -70,14 +73,18 @@ class Sensitivity:
         self._sets += [(tower, [blanks.alone(feeds, tower) for feeds in batches]) for tower in blanks.towers]
         self._before = [runner.run_all(module, feeds) for _, feeds in self._sets]
 
-    def moved(self, keep: Mapping[str, Sequence[int]], tower: str | None) -> float:
-        """How much the outputs move when only these units are kept: the mean over all inputs and the tower alone.
+    def moved(self, group: Group, kept: Sequence[int], make_up: MakeUp) -> float:
+        """How much the outputs move when only these units of a group are kept: the mean over all inputs and the tower.
 
         A modality that decides little moves the outputs little, and would be cut away where it has to decide alone.
         """
         from mmopt.transforms.prune.slicing import slice_units
 
-        return self.moved_by(lambda module: slice_units(module, self._groups, keep), tower)
+        def change(cut: Module) -> None:
+            slice_units(cut, self._groups, {group.name: kept})
+            make_up(cut, group, kept)
+
+        return self.moved_by(change, group.tower)
 
     def moved_by(self, change: Callable[[Module], object], tower: str | None) -> float:
         """The same for any change that is made to the module in place."""
@@ -97,6 +104,7 @@ def measured(
     groups: Sequence[Group],
     batches: Sequence[Mapping[str, Array]],
     runner: ReferenceRunner,
+    make_up: MakeUp = lambda cut, group, kept: None,
 ) -> dict[str, Curve]:
     """Curves whose damage is that of the outputs: each is scaled to what cutting half of its group does to them.
 
@@ -106,6 +114,7 @@ def measured(
         groups: All groups of the module.
         batches: Sets of inputs.
         runner: An open runner.
+        make_up: Fits what reads a group to the loss of units before the outputs are looked at.
 
     Raises:
         BackendError: The model does not run on them.
@@ -116,7 +125,7 @@ def measured(
     for name, curve in curves.items():
         group = known[name]
         half = max(group.multiple, group.units // 2 // group.multiple * group.multiple)
-        moved = max(sensitivity.moved({name: curve.kept(half)}, group.tower), _LEAST)
+        moved = max(sensitivity.moved(group, curve.kept(half), make_up), _LEAST)
         reached = float(curve.damage[-1 - half])
         result[name] = curve.scaled(moved / reached) if reached > 0 else curve
     return result
