@@ -31,6 +31,7 @@ from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
 from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
+from mmopt.transforms.prune.observing import batches_of
 from mmopt.transforms.prune.reference import reference_of
 from mmopt.transforms.quantize import CompressWeights, Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
 from mmopt.verification import Verification, compare_runnables
@@ -201,7 +202,7 @@ class Job:
                 original,
                 speedup,
                 target=settings["target"],
-                inputs=self._measured_on(original, inputs),
+                inputs=self._measured_on(original, inputs, samples),
                 threads=settings.get("jobs", 0),
                 progress=steps.at,
                 level=request.level,
@@ -234,10 +235,17 @@ class Job:
             check_modalities(records)
         return records
 
-    def _measured_on(self, module: Module, inputs: Sequence[Inputs] | None) -> Inputs:
-        """Inputs to measure on: the first that were given, or made from the model."""
+    def _measured_on(
+        self,
+        module: Module,
+        inputs: Sequence[Inputs] | None,
+        samples: dict[str, Any] | Literal["random"] | None = None,
+    ) -> Inputs:
+        """Inputs to measure on: the first that were given, the first calibration sample, or made from the model."""
         if inputs is not None:
             return inputs[0]
+        if isinstance(samples, dict):
+            return batches_of(module, samples, most=1)[0]
         seed = self._settings["seed"]
         with ReferenceRunner(seed=seed) as runner:
             return probe_inputs(module, seeds=[seed], runner=runner)[0]
