@@ -4,8 +4,8 @@
 
 The network of digits (``benchmarks.trained``) is trained a little further, with modalities missing at random, so that
 each tower alone decides something. Then 50 % and 80 % of it go, of its multiply-accumulates or of its weights, as mmopt
-chooses and by the global magnitude of weights; the same least-squares repair follows. Accuracy with everything, and
-with each modality alone, the others blank.
+chooses and by the global magnitude of weights. Accuracy with everything, and with each modality alone, the others
+blank: after the cut alone, which is what pruning by magnitude means elsewhere, and after the same least-squares repair.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import onnx
 import torch
 
 from benchmarks.pruning_accuracy import PASSES, Arrays, Network, by_pass, repaired
 from benchmarks.pruning_peers.choices import torch_network
-from benchmarks.trained import CALIBRATION, DigitData, prepare, train
-from benchmarks.zoo.onnx_export import write
+from benchmarks.trained import CALIBRATION, DigitData, prepare, save, train
 from mmopt.errors import MmoptError
 from mmopt.transforms.prune.modalities import Blanks
 from mmopt.transforms.prune.observing import batches_of
@@ -59,12 +57,7 @@ def prepare_robust(folder: pathlib.Path, data: pathlib.Path) -> None:
 
     train(network, iter(batch, None), STEPS, RATE)
     test, labels = DigitData(data, test=True, seed=1).draw(2000)
-    path, dims = folder / f"{NAME}.onnx", {name: {0: torch.export.Dim("batch")} for name in test}
-    write(network, {name: array[:2] for name, array in test.items()}, ["logits"], dims, path)
-    onnx.save(onnx.load(path), path)
-    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
-    np.savez(folder / f"{NAME}.calibration.npz", **calibration)  # type: ignore[arg-type]
-    np.savez(folder / f"{NAME}.test.npz", labels=labels, **test)  # type: ignore[arg-type]
+    save(folder, NAME, network, calibration, test, labels)
 
 
 def _typical(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -82,15 +75,16 @@ def compare(network: Network, shares: Sequence[float], measures: Sequence[str]) 
         alone = {t: network.accuracy(module, lambda feeds, t=t: blanks.alone(feeds, t)) for t in blanks.towers}
         parts = ", ".join(f"{tower} {value:.2f}" for tower, value in alone.items())
         found = {"way": way, "cut": what, "all": network.accuracy(module), "alone": alone}
-        print(f"{way:18} {what:16} all {found['all']:.2f}; alone: {parts}", flush=True)
+        print(f"{way:18} {what:24} all {found['all']:.2f}; alone: {parts}", flush=True)
         return found
 
     rows = [row("before", "", network.module)]
     for share, measure in itertools.product(shares, measures):
         for way, given in WAYS.items():
             module = by_pass(network, network.calibration, 0, share, {**given, "measure": measure})
+            rows.append(row(way, f"{share:.0%} {measure}, cut", module))
             module = repaired(network, module, network.calibration, 0, distilled=False)
-            rows.append(row(way, f"{share:.0%} {measure}", module))
+            rows.append(row(way, f"{share:.0%} {measure}, repaired", module))
     return rows
 
 

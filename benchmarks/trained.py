@@ -42,7 +42,7 @@ SENTENCES = 600
 class Digits(nn.Module):  # type: ignore[misc]
     """Three towers and a head over their concatenation."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 48, heard: int = 96, spelled: int = 64, joined: int = 256) -> None:
         super().__init__()
         self.image = nn.Sequential(
             *_block(1, width), *_block(width, width), nn.MaxPool2d(2), *_block(width, 2 * width), nn.MaxPool2d(2),
@@ -51,10 +51,11 @@ class Digits(nn.Module):  # type: ignore[misc]
         self.listen = nn.Sequential(
             nn.Conv1d(BANDS, 128, 5, padding=2), nn.ReLU(), nn.Conv1d(128, 128, 5, stride=2, padding=2), nn.ReLU(),
         )  # fmt: skip
-        self.follow = nn.LSTM(128, 96, batch_first=True, bidirectional=True)
+        self.follow = nn.LSTM(128, heard, batch_first=True, bidirectional=True)
         self.letters = nn.Embedding(28, 32)
-        self.read = nn.GRU(32, 64, batch_first=True)
-        self.head = nn.Sequential(nn.Linear(2 * width + 192 + 64, 256), nn.ReLU(), nn.Linear(256, 10))
+        self.read = nn.GRU(32, spelled, batch_first=True)
+        features = 2 * width + 2 * heard + spelled
+        self.head = nn.Sequential(nn.Linear(features, joined), nn.ReLU(), nn.Linear(joined, 10))
 
     def forward(self, image: torch.Tensor, audio: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """Logits of the ten digits."""
@@ -261,6 +262,18 @@ def prepare(name: str, folder: pathlib.Path, data: pathlib.Path) -> None:
         return
     print(f"train {name} …", file=sys.stderr, flush=True)
     network, calibration, test, labels = TRAINED[name](data)
+    save(folder, name, network, calibration, test, labels)
+
+
+def save(
+    folder: pathlib.Path,
+    name: str,
+    network: nn.Module,
+    calibration: Arrays,
+    test: Arrays,
+    labels: np.ndarray[Any, Any],
+) -> None:
+    """Write a network with a symbolic batch, and its data."""
     example = {key: array[:2] for key, array in test.items()}
     batch = {key: {0: torch.export.Dim("batch")} for key in test}
     path = folder / f"{name}.onnx"
