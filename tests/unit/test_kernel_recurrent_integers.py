@@ -17,7 +17,7 @@ from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import InferShapes
 from mmopt.transforms.canonicalize.editing import tensor_of
 from mmopt.transforms.fuse.fuse_groups import FuseGroups
-from mmopt.transforms.quantize import Quantize, QuantizeStatic, recurrent_layers
+from mmopt.transforms.quantize import Quantize, QuantizeDynamic, QuantizeStatic, recurrent_layers
 from tests.canonical import count_ops, evaluate
 from tests.kernels import PROFILES, WIDEST, profiles
 from tests.programs import Programs
@@ -32,8 +32,10 @@ def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recurrent_layers, "SMALLEST_HIDDEN", 16)
 
 
-def quantized(layer: Layer, *, symbolic: Sequence[int | str] | None = None, seed: int = 1) -> Module:
-    """A model with one layer as ``quantize-static`` leaves it."""
+def quantized(
+    layer: Layer, *, symbolic: Sequence[int | str] | None = None, seed: int = 1, dynamic: bool = False
+) -> Module:
+    """A model with one layer as ``quantize-static`` leaves it, or ``quantize-dynamic``."""
     made = example(layer, symbolic=symbolic)
     made.model.opset_import[0].version = 21
     module = Module(ir.from_proto(made.model))
@@ -43,7 +45,10 @@ def quantized(layer: Layer, *, symbolic: Sequence[int | str] | None = None, seed
     samples = {name: np.stack([array] * 2) for name, array in made.feeds.items()}
     noise = np.random.default_rng(seed).standard_normal(samples["x"].shape).astype(np.float32)
     samples["x"] = samples["x"] + noise / 100
-    assert QuantizeStatic(recurrent_work=0).run(module, PassContext(inputs=samples))
+    if dynamic:
+        assert QuantizeDynamic(recurrent_work=0).run(module, PassContext())
+    else:
+        assert QuantizeStatic(recurrent_work=0).run(module, PassContext(inputs=samples))
     assert [problem for problem in verify(module) if problem.severity == "error"] == []
     return module
 
@@ -66,6 +71,13 @@ class Encoded:
         assert not np.any(zero) or zero.size == 1
         return cls(step, int(zero.reshape(-1)[0]), None if stored is None else stored.numpy())
 
+    @classmethod
+    def by_range(cls, x: np.ndarray) -> Encoded:
+        """What DynamicQuantizeLinear finds."""
+        low, high = min(np.float32(0), x.min()), max(np.float32(0), x.max())
+        step = np.float32((high - low) / np.float32(255))
+        return cls(np.asarray(step), int(np.rint(-low / step)), None)
+
     def rounded(self, x: np.ndarray, low: int = -128, high: int = 127) -> np.ndarray:
         scaled = np.rint(x.astype(np.float32) / self.step.astype(np.float32)).astype(np.int64) + self.zero
         return np.clip(scaled, low, high) - self.zero
@@ -79,9 +91,12 @@ def step_by_step(module: Module, layer: Layer, y: np.ndarray) -> list[np.ndarray
     """
     given = {name: array.astype(np.float64) for name, array in tensors(layer).items()}
     (node,) = (node for node in module.graph if node.op_type == layer.op)
-    x, w, r, state = (Encoded.of(node.inputs[n]) for n in (0, 1, 2, 5))
+    w, r, state = (Encoded.of(node.inputs[n]) for n in (1, 2, 5))
     assert w.integers is not None
     assert r.integers is not None
+    wide = node.inputs[0].producer()  # type: ignore[union-attr]
+    dynamic = wide.inputs[1].producer() is not None  # type: ignore[union-attr]
+    x = Encoded.by_range(tensors(layer)["x"]) if dynamic else Encoded.of(node.inputs[0])
     xs = x.rounded(given["x"], 0, 255)
     count, hidden = GATES[layer.op], layer.hidden
     found, last_h, last_c = np.zeros_like(y), *np.zeros((2, layer.directions, layer.batch, hidden))
@@ -126,9 +141,11 @@ def _gru(layer, given, d, wx, b, product, h, c):  # type: ignore[no-untyped-def]
     return (1 - z) * n + z * h, c
 
 
-def wrong(layers: Sequence[Layer], profile: str, *, symbolic: Sequence[int | str] | None = None) -> list[str]:
+def wrong(
+    layers: Sequence[Layer], profile: str, *, symbolic: Sequence[int | str] | None = None, dynamic: bool = False
+) -> list[str]:
     """Layers whose native answers are not those of integer arithmetic, or are no different from those of floats."""
-    modules = [quantized(layer, symbolic=symbolic) for layer in layers]
+    modules = [quantized(layer, symbolic=symbolic, dynamic=dynamic) for layer in layers]
     compiled = []
     for module in modules:
         copy = module.clone()
@@ -187,6 +204,12 @@ def test_numbers_of_steps_and_sequences_that_are_known_at_run_time(profile: str)
         Layer("GRU", steps=4, batch=2, hidden=140, initial=True),
     ]
     found = wrong(some, profile, symbolic=["t", "n", 6])
+    assert not found, "\n".join(found)
+
+
+def test_ranges_of_inputs_that_are_found_at_run_time() -> None:
+    some = [Layer("LSTM", hidden=40, direction="bidirectional"), Layer("GRU", hidden=32, batch=1, initial=True)]
+    found = wrong(some, WIDEST, dynamic=True)
     assert not found, "\n".join(found)
 
 

@@ -30,8 +30,7 @@ from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
 from mmopt.transforms.quantize.recurrent_layers import (
     LEAST_WORK,
     quantize_recurrent,
-    recurrent_layers,
-    recurrent_refusal,
+    wanted_recurrent,
 )
 from mmopt.transforms.quantize.rounding import grams_wanted, round_weight
 from mmopt.transforms.quantize.smooth_activations import SmoothActivations
@@ -162,17 +161,10 @@ class QuantizeStatic(Pass):
 
     def _recurrent(self, module: Module, context: PassContext) -> dict[ir.Value, list[ir.Node]]:
         """The recurrent operators to quantize, by what they read: those for whose kernels the encoding is."""
+        if self.portable or self.activation_bits != 8:
+            return {}
         selection = Selection(self.kinds, self.include, self.exclude, self.logits)
-        chosen: dict[ir.Value, list[ir.Node]] = collections.defaultdict(list)
-        if self.portable or self.activation_bits != 8 or module.opset < BLOCKED_OPSET:
-            return chosen
-        for node in recurrent_layers(module):
-            if reason := selection.unwanted(node) or recurrent_refusal(node, self.recurrent_work):
-                self.remark(context, "missed", str(node.name), f"{node.op_type} stays in float: {reason}")
-            else:
-                assert node.inputs[0] is not None
-                chosen[node.inputs[0]].append(node)
-        return chosen
+        return wanted_recurrent(self, module, context, selection, self.recurrent_work)
 
     def _store_sums(
         self,

@@ -18,10 +18,12 @@ import onnx_ir as ir
 
 from mmopt.analysis.calibration import Calibration, choose_range
 from mmopt.ir.module import Module
+from mmopt.pipeline.base import Pass, PassContext
 from mmopt.transforms.canonicalize.editing import Names, integer, is_onnx, new_initializer, new_node, tensor_of
 from mmopt.transforms.quantize.compress_weights import CompressWeights
 from mmopt.transforms.quantize.encoding import Encoding, encode
-from mmopt.transforms.quantize.qdq import Quantizer
+from mmopt.transforms.quantize.layers import Selection
+from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
 
 RECURRENT = ("LSTM", "GRU")
 """Recurrent operators that have integer kernels."""
@@ -73,6 +75,30 @@ def _times(node: ir.Node, each: int) -> int | None:
     counts = [] if data is None or data.shape is None else list(data.shape)[:2]
     known = [count for count in counts if isinstance(count, int)]
     return each * known[0] * known[1] * _sizes(node)[0] if len(known) == 2 else None
+
+
+def wanted_recurrent(
+    pass_: Pass, module: Module, context: PassContext, selection: Selection, least_work: int
+) -> dict[ir.Value, list[ir.Node]]:
+    """The recurrent operators to quantize, by what they read, with remarks on those that are not.
+
+    Args:
+        pass_: Whose remarks these are.
+        module: The module.
+        context: Gets the remarks.
+        selection: What was asked for.
+        least_work: As for :func:`recurrent_refusal`.
+    """
+    chosen: dict[ir.Value, list[ir.Node]] = {}
+    if module.opset < BLOCKED_OPSET:
+        return chosen
+    for node in recurrent_layers(module):
+        if reason := selection.unwanted(node) or recurrent_refusal(node, least_work):
+            pass_.remark(context, "missed", str(node.name), f"{node.op_type} stays in float: {reason}")
+        else:
+            assert node.inputs[0] is not None
+            chosen.setdefault(node.inputs[0], []).append(node)
+    return chosen
 
 
 def quantize_recurrent(quantizer: Quantizer, node: ir.Node, calibration: Calibration, names: Names) -> None:
