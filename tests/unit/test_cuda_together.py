@@ -99,6 +99,20 @@ def test_nobody_waits_for_a_long_kernel() -> None:
 
 
 @emulated
+@pytest.mark.parametrize("symbolic", [False, True], ids=["known", "unknown"])
+def test_a_concatenation_is_one_launch(symbolic: bool) -> None:
+    """A thread for each element of each part: short ones, long ones, and at run time an empty one."""
+    shapes: dict[str, list[object]] = {name: [name, 7] for name in "abc"} if symbolic else {}
+    parts = {"a": numbers(3, 7), "b": numbers(90, 7, seed=1), "c": numbers(0 if symbolic else 1, 7, seed=2)}
+    case = example(
+        "y = Concat <axis = 0> (a, b, c) z = Concat <axis = 1> (y, y)", parts, outputs=("z",), symbolic=shapes
+    )
+    made = Emulated(grouped(case.model))
+    assert len(re.findall(r"^extern \"C\" __global__.*\{$", made.generated.source, re.MULTILINE)) == 2
+    agrees(made, case)
+
+
+@emulated
 def test_what_needs_each_other_stays_apart() -> None:
     feeds = {"x": numbers(3, 16), "w": numbers(16, 16, seed=2)}
     case = with_weight(example("a = MatMul (x, w) b = Softmax (a) c = MatMul (b, w)", feeds, outputs=("c",)), "w")

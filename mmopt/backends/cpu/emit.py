@@ -196,6 +196,10 @@ class KernelEmitter:
         """The statements of the whole kernel, as the target runs them."""
         return body
 
+    def apart(self, statements: Sequence[Stmt]) -> Stmt:
+        """Statements that neither need nor overwrite anything of each other."""
+        return seq(*statements)
+
     def _symbols(self, body: Stmt) -> list[Expr]:
         """Sizes the kernel needs: in extents, and as plain operands of rules."""
         free = tirx.analysis.undefined_vars(body)

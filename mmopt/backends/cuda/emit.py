@@ -18,7 +18,7 @@ from mmopt.backends.cpu.collapse import collapse, expand
 from mmopt.backends.cpu.emit import KernelEmitter, Place, spelled
 from mmopt.backends.cpu.loops import i64, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import trace
-from mmopt.backends.cuda.launching import launched, unless_empty
+from mmopt.backends.cuda.launching import apart, launched, unless_empty
 from mmopt.backends.cuda.reduce import BlockReduction, by_thread, threads_for
 from mmopt.backends.cuda.threads import allocate, barrier, each, launch, shared
 from mmopt.backends.expressions import itemsize, simplify
@@ -43,6 +43,10 @@ class CudaEmitter(KernelEmitter):
 
     def finished(self, body: Stmt) -> Stmt:
         return launched(body)
+
+    def apart(self, statements: Sequence[Stmt]) -> Stmt:
+        """One kernel for all of them."""
+        return apart(statements)
 
     def lanes(self, *dtypes: str) -> int:
         """Vector lanes: none, a warp takes their place."""

@@ -23,6 +23,14 @@ THREADS = 256
 PRIVATE = 1024
 """Bytes up to which an array of one thread is left to the compiler; larger ones get a place in global memory."""
 
+APART = "mmopt.apart"
+"""Key of the attribute around statements that neither need nor overwrite anything of each other."""
+
+
+def apart(statements: Sequence[Stmt]) -> Stmt:
+    """``statements`` in any order, or all at the same time."""
+    return tirx.AttrStmt(tirx.const(0, "int32"), APART, tirx.const(0, "int32"), seq(*statements))
+
 
 def launched(statement: Stmt) -> Stmt:
     """``statement`` for the host: everything that touches data happens in kernels."""
@@ -65,7 +73,9 @@ class _Launching:
         if not _spreads(statement):
             return self._alone([statement])
         if isinstance(statement, tirx.AttrStmt):
-            return self.host(statement.body)
+            parts = _inside(statement.body) if isinstance(statement.body, tirx.SeqStmt) else []
+            together = statement.attr_key == APART and len(parts) > 1 and all(map(_is_parallel, parts))
+            return self._parallel(parts) if together else self.host(statement.body)
         if isinstance(statement, tirx.For):
             return self._loop(statement)
         if isinstance(statement, tirx.IfThenElse) and _of_sizes(statement.condition):
@@ -96,19 +106,32 @@ class _Launching:
             if not _of_sizes(statement.extent):
                 return self._alone([statement])
             return tirx.For(statement.loop_var, statement.min, statement.extent, statement.kind, body)
-        count = simplify(statement.extent)
+        return self._parallel([statement])
+
+    def _parallel(self, loops: Sequence[tirx.For]) -> Stmt:
+        """A kernel with a thread for each round of each of ``loops``."""
         memory: list[tirx.Buffer] = []
+        bodies = [_private(each.body, each.loop_var, simplify(each.extent), memory) for each in loops]
+        ends = [simplify(sum((each.extent for each in loops[: n + 1]), i64(0))) for n in range(len(loops))]
+        count = ends[-1]
         known = static(count)
         threads = THREADS if known is None or known >= THREADS else -(-known // WARP) * WARP
-        body = _private(statement.body, statement.loop_var, count, memory)
 
         def element(block: Expr, thread: Expr) -> Stmt:
             at = block * threads + thread
-            inside = body if known is not None and known % threads == 0 else when(statement.loop_var < count, body)
-            return seq(tirx.Bind(statement.loop_var, at), inside)
+            last = bodies[-1] if known is not None and known % threads == 0 else when(at < count, bodies[-1])
+            starts = [i64(0), *ends[:-1]]
+            done = seq(tirx.Bind(loops[-1].loop_var, simplify(at - starts[-1])), last)
+            for each, body, start, end in reversed(list(zip(loops[:-1], bodies, starts, ends, strict=False))):
+                done = when(at < end, seq(tirx.Bind(each.loop_var, simplify(at - start)), body), done)
+            return done
 
         blocks = simplify(tirx.floordiv(count + (threads - 1), i64(threads)))
         return seq(allocate(*memory), unless_empty(count, launch([blocks], threads, element)))
+
+
+def _is_parallel(statement: Stmt) -> bool:
+    return isinstance(statement, tirx.For) and statement.kind == ForKind.PARALLEL
 
 
 def unless_empty(count: Expr, kernel: Stmt) -> Stmt:

@@ -32,7 +32,7 @@ class Join(LoopNest):
         for part in self.inputs:
             copies.append(self._copy(kernel, sinks[0], part, start))
             start = simplify(start + part.shape[self.axis])
-        return seq(*copies)
+        return kernel.apart(copies)
 
     def _copy(self, kernel: Any, sink: Sink, part: Tensor, start: Expr) -> Stmt:
         axis = self.axis
