@@ -30,6 +30,9 @@ _DIM = re.compile(r"(\w+)=([\w?.\-]+)")
 _CALL, _BYTE = 400.0, 0.1
 """Cycles of a kernel whose template predicts nothing: for its call, and for each byte that it reads or writes."""
 
+_CALLING = 15e-6
+"""Seconds for calling a model, as long as one alone does not tell them from what grows with its kernels."""
+
 _NEAR = 0.02
 """Squared distance, in powers of two, below which sizes count as equally near."""
 
@@ -161,10 +164,11 @@ def _cycles(record: Record) -> float:
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Constant and slope, neither below 0, of the line nearest to points (x, y); level through a single one."""
+    """Constant and slope, neither below 0, of the line nearest to points (x, y)."""
     x, y = (np.array(column) for column in zip(*points, strict=True))
     if np.ptp(x) <= 1e-6 * x.max():
-        return float(y.mean()), 0.0
+        constant = min(float(y.mean()), _CALLING)
+        return constant, (float(y.mean()) - constant) / max(float(x.mean()), 1e-12)
     slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
     constant = float(y.mean() - slope * x.mean())
     if slope < 0:

@@ -88,6 +88,16 @@ def test_what_is_between_kernels_is_a_constant_and_a_share_of_them(
     assert table.between(150e-6) == pytest.approx(expected, rel=1e-3)
 
 
+def test_of_one_model_what_is_more_than_a_call_takes_is_a_share() -> None:
+    table = TimeTable()
+    table.learn([], measured(135e-6, all=(1, 100e-6)))
+    assert table.between(100e-6) == pytest.approx(35e-6)
+    assert table.between(50e-6) == pytest.approx(25e-6)
+    short = TimeTable()
+    short.learn([], measured(110e-6, all=(1, 100e-6)))
+    assert short.between(50e-6) == pytest.approx(10e-6)
+
+
 def test_sizes_that_are_known_at_run_time_only_count_as_plausible() -> None:
     """Two kernels that move data, of a model with a symbolic batch: what a third takes depends on what it moves."""
     records = [
