@@ -6,9 +6,11 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
+import pytest
 
 from benchmarks.pruning_latency import LEARNED, PAGE, PLOT, Point, plot, points, summary
 from mmopt.runtime.profiling import KernelTime, ModelTime
+from tests.prunable import perceptron
 
 FOUND = [
     Point("a", measured=1e-3, predicted=1.1e-3, templates=2e-3),
@@ -60,3 +62,22 @@ def test_the_page_shows_the_plot_and_what_it_says() -> None:
     assert f"]({PLOT.name})" in page
     assert f"| all {count} |" in page
     assert f"of {count} predictions are within 15%" in page
+
+
+def test_the_time_of_pruning_comes_with_what_is_right_and_how_large_the_network_is() -> None:
+    pytest.importorskip("torch")
+    from benchmarks.pruning_time import parameters, right
+
+    values = np.arange(120) % 3
+    seen: list[int] = []
+
+    def run(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(feeds["x"]))
+        return {"logits": np.eye(3)[feeds["x"]]}
+
+    labels = np.where(np.arange(120) < 90, values, (values + 1) % 3)
+    assert right(run, {"x": values}, labels) == 75.0
+    assert seen == [50, 50, 20]
+    assert parameters(perceptron(hidden=8)) == sum(
+        value.const_value.size for value in perceptron(hidden=8).graph.initializers.values()
+    )
