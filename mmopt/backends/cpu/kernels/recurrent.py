@@ -191,7 +191,7 @@ class Recurrence(LoopNest):
     def _divided(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         cores, directions = kernel.profile.cores, len(self.backward)
         each = (self.cell.gates + self.cell.late) * self.hidden * self.hidden
-        each = each // 4 if self.integers else each  # a quarter of the bytes, and of the cycles
+        each = each // 2 if self.integers else each  # a quarter of the bytes, and as many gates
         total = static(simplify(self.steps * self.batch * (directions * each)))
         if total is not None and total < FORK_WORK:
             return self._by_piece(sinks, 1, "serial")
