@@ -1,4 +1,4 @@
-"""LSTM and GRU in integers against numpy's integer arithmetic, and where quantization puts their pairs."""
+"""LSTM, GRU and RNN in integers against numpy's integer arithmetic, and where quantization puts their pairs."""
 
 from __future__ import annotations
 
@@ -116,8 +116,7 @@ def step_by_step(module: Module, layer: Layer, y: np.ndarray) -> list[np.ndarray
             for t in reversed(range(length)) if backward else range(length):
                 sums = w.integers[d].astype(np.int64) @ xs[t, n]
                 wx = (sums * (w.step[d, :, 0].astype(np.float64) * float(x.step))).reshape(count, hidden)
-                update = _lstm if layer.op == "LSTM" else _gru
-                new, c = update(layer, given, d, wx + bias[0], bias[1], product, h, c)
+                new, c = UPDATES[layer.op](layer, given, d, wx + bias[0], bias[1], product, h, c)
                 found[t, d, n] = new
                 h = y[t, d, n].astype(np.float64)
             if length:
@@ -139,6 +138,13 @@ def _gru(layer, given, d, wx, b, product, h, c):  # type: ignore[no-untyped-def]
     inner = r * (rh[2] + b[2]) if layer.attr("linear_before_reset") else product((r * h).astype(np.float32))[2] + b[2]
     n = acts[1](_clipped(layer, wx[2] + inner))
     return (1 - z) * n + z * h, c
+
+
+def _rnn(layer, given, d, wx, b, product, h, c):  # type: ignore[no-untyped-def]
+    return activations(layer)[d][0](_clipped(layer, (wx + product(h) + b)[0])), c
+
+
+UPDATES = {"LSTM": _lstm, "GRU": _gru, "RNN": _rnn}
 
 
 def wrong(
@@ -187,6 +193,7 @@ def layers() -> list[Layer]:
         Layer("GRU", hidden=140, batch=4, attributes=reset, steps=6, initial=True),
         Layer("GRU", hidden=48, batch=33, direction="reverse", **early | {"lengths": ()}),  # type: ignore[arg-type]
         Layer("GRU", hidden=21, **both, **early),  # type: ignore[arg-type]
+        Layer("RNN", hidden=50, batch=4, initial=True, **both),  # type: ignore[arg-type]
     ]
 
 

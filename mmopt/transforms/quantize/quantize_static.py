@@ -52,7 +52,7 @@ class QuantizeStatic(Pass):
         balance: Whether ``split-channels`` and ``smooth-activations`` go first, with the same statistics. What they
             change keeps its whole range, whatever ``method`` is.
         correct_bias: Whether the mean error of rounded weights is taken out of the bias.
-        kinds: Operators to quantize (``MatMul``, ``Gemm``, ``Conv``, ``LSTM``, ``GRU``); all of them when empty.
+        kinds: Operators to quantize (``MatMul``, ``Gemm``, ``Conv``, ``LSTM``, ``GRU``, ``RNN``); all when empty.
         include: Patterns of names of nodes to quantize; all when empty.
         exclude: Patterns of names of nodes to leave alone.
         logits: Whether layers whose result leaves the model are quantized too.

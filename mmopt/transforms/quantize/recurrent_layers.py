@@ -1,4 +1,4 @@
-"""LSTM and GRU in integers, as pairs of QuantizeLinear and DequantizeLinear.
+"""LSTM, GRU and RNN in integers, as pairs of QuantizeLinear and DequantizeLinear.
 
     y = LSTM(x, w, r, b, h)    →    y = LSTM(Q(x), Dequantize(w'), Dequantize(r'), b, Q(h))        Q: to 8 bits and back
 
@@ -25,7 +25,7 @@ from mmopt.transforms.quantize.encoding import Encoding, encode
 from mmopt.transforms.quantize.layers import Selection
 from mmopt.transforms.quantize.qdq import BLOCKED_OPSET, Quantizer
 
-RECURRENT = ("LSTM", "GRU")
+RECURRENT = ("LSTM", "GRU", "RNN")
 """Recurrent operators that have integer kernels."""
 
 SMALLEST_HIDDEN = 32
