@@ -141,7 +141,7 @@ def against_peers(rows: Sequence[dict[str, Any]], ours: str) -> list[str]:
             share, least, most = judging.ratio(mine["losses"], row["losses"])
             lines.append(
                 f"| {row['network']} | {row['method']} | {mean:+.3f} ({low:+.3f} … {high:+.3f}) "
-                f"| {share:.3f}× ({least:.3f} … {most:.3f}) |"
+                f"| {share:.2g}× ({least:.2g} … {most:.2g}) |"
             )
     return lines
 

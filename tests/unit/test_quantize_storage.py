@@ -134,3 +134,16 @@ def test_four_bits_use_their_lowest_integer() -> None:
     np.testing.assert_allclose(encoding.scale, [1, 5 / 7], rtol=1e-6)
     np.testing.assert_array_equal(encoding.quantize(weight)[0], weight[0])
     assert encode_weight(weight, ir.DataType.INT8, 0).quantize(weight).min() == -127
+
+
+def test_extremes_are_clipped_for_the_nearest_integers_alone() -> None:
+    heavy = np.random.default_rng(0).standard_t(3, (32, 32, 3)).astype(np.float32)
+    product, convolution = (
+        next(layer for layer in layers(tower()) if layer.node.op_type == kind) for kind in ("MatMul", "Conv")
+    )
+    clipped, kept = (QuantizeWeights(bits=4, method=method) for method in ("round", "gptq"))  # type: ignore[arg-type]
+    assert (clipped.encoding(heavy[..., 0], product).scale < kept.encoding(heavy[..., 0], product).scale).all()
+    whole = encode_weight(heavy[..., 0], ir.DataType.INT4, product.out_axis)
+    np.testing.assert_array_equal(kept.encoding(heavy[..., 0], product).scale, whole.scale)
+    scales = [pass_.encoding(heavy, convolution).scale for pass_ in (clipped, kept)]
+    np.testing.assert_array_equal(*scales)

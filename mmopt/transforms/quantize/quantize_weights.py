@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
-from mmopt.transforms.canonicalize.editing import tensor_of
+from mmopt.transforms.canonicalize.editing import is_onnx, tensor_of
 from mmopt.transforms.quantize.calibrating import calibration_of
 from mmopt.transforms.quantize.encoding import Array, Encoding, encode_weight, squared_error
 from mmopt.transforms.quantize.layers import Layer, Selection, layers
@@ -119,8 +119,9 @@ class QuantizeWeights(Pass):
         depth = weight.shape[layer.depth_axis]
         block = self.block if 0 < self.block < depth else 0
         axis = layer.depth_axis if block else layer.out_axis
-        # What these push from weight to weight needs the extremes.
-        ratios = _RATIOS if self.search and self.method == "round" else _RATIOS[:1]
+        # What GPTQ pushes from weight to weight needs the extremes; convolutions have no Gram matrix for it.
+        nearest = self.method == "round" or is_onnx(layer.node, "Conv")
+        ratios = _RATIOS if self.search and nearest else _RATIOS[:1]
         tried = [
             encode_weight(weight, dtype, axis, block=block, symmetric=self.symmetric, ratio=ratio) for ratio in ratios
         ]
