@@ -120,6 +120,15 @@ class TestConvolutions:
         errors = [np.abs(evaluate(module, x)["y"] - want).mean() for module in (blocks, channels)]
         assert errors[0] < errors[1]
 
+    def test_filters_stay_integers_in_the_artifact(self, tmp_path: pathlib.Path) -> None:
+        """Winograd's algorithm would be the fastest here, and keep transformed filters in float."""
+        text = """g (float[1,64,28,28] x, float[64,64,3,3] k) => (float[1,64,28,28] y) {
+          c = Conv<pads = [1, 1, 1, 1]>(x, k) y = Relu(c) }"""
+        module = weights(module_from(text, opset=21), k=(64, 64, 3, 3))
+        assert QuantizeWeights(bits=4, block=32, kinds=("Conv",)).run(module, PassContext())
+        mmopt.compile(module, output=tmp_path / "a.mmopt", reference=module, tolerance=1e-4)
+        assert (tmp_path / "a.mmopt" / "weights.safetensors").stat().st_size < 0.25 * 4 * 64 * 64 * 9
+
 
 def test_tables_that_something_else_reads_are_no_stores() -> None:
     text = """g (int64[3] i, float[100,32] t, float[100,32] u) => (float[3,32] y, float[3,100] z) {
