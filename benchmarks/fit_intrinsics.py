@@ -6,6 +6,7 @@ iteratively re-weighted nodes (Lawson's algorithm), which converges to the minim
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -40,6 +41,14 @@ def erf_series(x: np.ndarray) -> np.ndarray:
     return erf(x)
 
 
+def tail_weight(floor: float, a: np.ndarray) -> np.ndarray:
+    """How much an error of log Φ(−a) matters to a·Φ(−a), relative to that or to ``floor`` · min(a, 1)."""
+    from scipy.special import ndtr
+
+    tail = a * ndtr(-a)
+    return tail / np.maximum(tail, floor * np.minimum(a, 1)) + 1e-6
+
+
 def coarse_gelu(degree: int, bound: float, reach: float = 20.0) -> tuple[float, np.ndarray]:
     """The odd polynomial t·p(t²), t being x cut off at ± ``bound``, for which x·(½ + t·p) is nearest to Gelu.
 
@@ -68,6 +77,23 @@ def coarse_gelu(degree: int, bound: float, reach: float = 20.0) -> tuple[float, 
     value = np.polynomial.polynomial.polyval(cut * cut, coefficients).astype(np.float32)
     exact = grid * (1 + erf_series(grid.astype(np.float64) / np.sqrt(2))) / 2
     return float(np.abs(low * (cut * value + np.float32(0.5)) - exact).max()), coefficients
+
+
+def fit_gelu(show: Callable[[str, np.ndarray], None]) -> None:
+    """Print the tables for Gelu: of the normal distribution's tail, and for what is quantized."""
+    from scipy.special import log_ndtr
+
+    # log2 Φ(-a) on 0 <= a <= 8: relative error of a·Φ(-a), as far as it is not below a thousandth, or a millionth
+    def tail(a: np.ndarray) -> np.ndarray:
+        return log_ndtr(-a) / np.log(2)
+
+    for name, degree, floor in (("NORMAL", 10, 1e-3), ("NORMAL_COARSE", 5, 1e-6)):
+        show(name, fit(tail, 0.0, 8.0, degree, functools.partial(tail_weight, floor), rounds=100))
+
+    # Φ(x) - ½ for Gelu before quantizing, coarse to fine
+    for degree in range(4, 9):
+        error, bound = min((coarse_gelu(degree, b / 10)[0], b / 10) for b in range(30, 48))
+        print("GELU", error, bound, tuple(float(c) for c in coarse_gelu(degree, bound)[1]))
 
 
 def main() -> None:
@@ -127,10 +153,7 @@ def main() -> None:
 
     show("LOG", fit(log_tail, np.sqrt(0.5) - 1, np.sqrt(2) - 1, 8, log_weight))
 
-    # Φ(x) - ½ for Gelu before quantizing, coarse to fine
-    for degree in range(4, 9):
-        error, bound = min((coarse_gelu(degree, b / 10)[0], b / 10) for b in range(30, 48))
-        print("GELU", error, bound, tuple(float(c) for c in coarse_gelu(degree, bound)[1]))
+    fit_gelu(show)
 
 
 if __name__ == "__main__":

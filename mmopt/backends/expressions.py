@@ -12,7 +12,10 @@ CALL_COST = 8
 
 _FREE_CALLS = frozenset({"tirx.if_then_else", "tirx.reinterpret", "tirx.likely"})
 
-_POLYNOMIALS = frozenset({"tirx.exp", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "tirx.log"})
+_POLYNOMIALS = frozenset({"tirx.exp", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "tirx.log"}) | {
+    "tirx.mmopt_gelu",
+    "tirx.mmopt_gelu_coarse",
+}
 """Calls that become polynomials with bound variables; see ``mmopt.backends.cpu.intrinsics``."""
 
 

@@ -111,3 +111,37 @@ class TestGelu:
         example = Example("gelu twice", model, {"x": x})
         got = Programs([grouped(model)], WIDEST).run(0, example.feeds)
         np.testing.assert_allclose(got[1], real(x) * (1 + erf(real(x) / np.sqrt(2))) / 2, atol=1e-6)
+
+
+class TestGeluBeforeBfloat16:
+    """Only a Cast to bfloat16 that alone reads the result makes it coarse: by a twelfth of that rounding at most."""
+
+    def _outputs(self, x: np.ndarray, to: int, shared: bool) -> list[np.ndarray]:
+        nodes = [
+            helper.make_node("Gelu", ["x"], ["g"]),
+            helper.make_node("Cast", ["g"], ["n"], to=to),
+            helper.make_node("Cast", ["n"], ["y"], to=onnx.TensorProto.FLOAT),
+        ]
+        outputs = [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, list(x.shape))]
+        if shared:
+            outputs.append(helper.make_tensor_value_info("g", onnx.TensorProto.FLOAT, list(x.shape)))
+        taken = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, list(x.shape))
+        model = helper.make_model(
+            helper.make_graph(nodes, "g", [taken], outputs),
+            opset_imports=[helper.make_opsetid("", 23)],
+            ir_version=10,
+        )
+        return Programs([grouped(model)], WIDEST).run(0, {"x": x})
+
+    def test_the_result_is_right_to_a_unit_of_bfloat16(self) -> None:
+        x = np.linspace(-4, 8, 4096).astype(np.float32).reshape(64, 64)
+        exact = x * (1 + erf(x.astype(np.float64) / np.sqrt(2))) / 2
+        (got,) = self._outputs(x, onnx.TensorProto.BFLOAT16, shared=False)
+        assert (np.abs(got - exact) <= (2.0**-8 + 3e-4) * np.abs(exact) + 1e-30).all()
+
+    def test_others_get_it_exact(self) -> None:
+        x = np.linspace(-4, 8, 4096).astype(np.float32).reshape(64, 64)
+        exact = x * (1 + erf(x.astype(np.float64) / np.sqrt(2))) / 2
+        for to, shared in ((onnx.TensorProto.BFLOAT16, True), (onnx.TensorProto.DOUBLE, False)):
+            got = self._outputs(x, to, shared)[-1]
+            np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-7)

@@ -130,3 +130,36 @@ def test_special_values(name: str) -> None:
 def test_float64_uses_the_library(name: str) -> None:
     x = np.linspace(0.1, 3, 37)
     np.testing.assert_allclose(evaluate(getattr(tirx, name), x), ORACLES[name](x), rtol=1e-14)
+
+
+def gelu_errors(coarse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Floats, absolute errors of Gelu on them, and exact results."""
+    rng = np.random.default_rng(0)
+    near = rng.uniform(-15, 15, 300_000), rng.uniform(-1, 1, 100_000), -np.logspace(-37, 0, 5000)
+    x = np.concatenate([samples(100_000).astype(np.float64), *near]).astype(np.float32)
+    exact = x.astype(np.float64) * scipy.special.ndtr(x.astype(np.float64))
+    return x, np.abs(evaluate(lambda v: intrinsics.gelu(v, coarse), x).astype(np.float64) - exact), exact
+
+
+def test_gelu() -> None:
+    x, error, exact = gelu_errors(coarse=False)
+    unit = np.spacing(np.maximum(np.abs(exact), np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
+    assert (error / unit)[x > 0].max() <= 4
+    assert (error / unit)[(x < 0) & (x > -3)].max() <= 14
+    deep = (x < -3) & (x > -5.5)
+    assert (error[deep] / np.abs(exact[deep])).max() <= 3e-4
+    assert error[x < 3].max() <= 2.5e-7
+
+
+def test_coarse_gelu() -> None:
+    x, error, exact = gelu_errors(coarse=True)
+    there = (x > -4) & (np.abs(x) > 1e-37)
+    assert (error[there] / np.abs(exact[there])).max() <= 3e-4
+    assert error[x < 0].max() <= 4e-5
+
+
+def test_gelu_of_what_is_no_number() -> None:
+    x = np.array([np.inf, np.nan, 0.0, -0.0, 1e30, -1e30], np.float32)
+    for coarse in (False, True):
+        y = evaluate(lambda v, coarse=coarse: intrinsics.gelu(v, coarse), x)  # type: ignore[misc]
+        np.testing.assert_array_equal(y, np.array([np.inf, np.nan, 0, 0, 1e30, 0], np.float32))

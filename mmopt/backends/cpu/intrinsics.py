@@ -12,8 +12,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
+import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, Expr
+from tvm.ir import Call, Expr, Op, register_op_attr
 
 _EXP = (
     0.5,
@@ -79,8 +80,35 @@ _EXP2 = (
 EXP2_COARSE = (1.0, 0.6932829022407532, 0.24221095442771912, 0.05500892922282219)
 """Within 1.1e-4 of 2^r: a twentieth of what rounding to bfloat16 costs."""
 
+_NORMAL = (
+    -0.9999999403953552,
+    -1.1511070728302002,
+    -0.45919889211654663,
+    -0.05250272527337074,
+    0.00703067984431982,
+    -6.296185893006623e-05,
+    -0.0002518976980354637,
+    6.908900832058862e-05,
+    -9.80481127044186e-06,
+    7.573246989522886e-07,
+    -2.4990853830786364e-08,
+)
+"""log2 Φ(−a), Φ being the normal distribution."""
+
+_NORMAL_COARSE = (
+    -1.0002697706222534,
+    -1.147290825843811,
+    -0.46783900260925293,
+    -0.045723896473646164,
+    0.00514486338943243,
+    -0.000256449420703575,
+)
+
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
 """ln 2 in two parts; the first has few bits, so that its product with a small integer is exact."""
+
+_PURE = 1
+"""``CallEffectKind::kPure`` of TVM: equal calls have equal results, and unused ones can go."""
 
 _SQRT_HALF_BITS = 0x3F3504F3
 
@@ -160,9 +188,43 @@ def exp2_below_zero(x: Expr, keep: Keep, coefficients: Sequence[float] = _EXP2) 
     magic = _c(x, 12582912.0)
     x = keep(tirx.max(_c(x, -127.0), x))  # in this order NaN stays NaN
     rounded = keep(x + magic)
-    value = keep(_polynomial(keep(x - (rounded - magic)), coefficients))
-    shifted = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23))
-    return tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted)
+    return _raised(keep(_polynomial(keep(x - (rounded - magic)), coefficients)), rounded)
+
+
+def _raised(value: Expr, rounded: Expr) -> Expr:
+    """``value`` · 2^n, n standing in the last bits of ``rounded``."""
+    shifted = tirx.shift_left(tirx.reinterpret(_integer(value), rounded), _int(value, 23))
+    return tirx.reinterpret(str(value.ty), tirx.reinterpret(_integer(value), value) + shifted)
+
+
+def _gelu(x: Expr, tail: Sequence[float], power: Sequence[float]) -> Expr:
+    """x · Φ(x), Φ being the normal distribution, as x · (1 − s) above zero and x · s below, with s = Φ(−|x|).
+
+    Args:
+        x: A float32 expression.
+        tail: Coefficients of log2 Φ(−a).
+        power: As for :func:`exp2_below_zero`.
+    """
+
+    magic = _c(x, 12582912.0)
+
+    def product(x: Expr, share: Expr) -> Expr:
+        return x * tirx.Select(x > _c(x, 0.0), _c(x, 1.0) - share, share)
+
+    def raised(x: Expr, rest: Expr, rounded: Expr) -> Expr:
+        return _let(_raised(_polynomial(rest, power), rounded), lambda share: product(x, share))
+
+    def rounded(x: Expr, exponent: Expr) -> Expr:
+        rest = lambda n: _let(exponent - (n - magic), lambda r: raised(x, r, n))  # noqa: E731
+        return _let(exponent + magic, rest)
+
+    def bounded(x: Expr, exponent: Expr) -> Expr:
+        return _let(tirx.max(_c(x, -127.0), exponent), lambda e: rounded(x, e))
+
+    def whole(x: Expr) -> Expr:
+        return _let(_magnitude(x), lambda a: _let(_polynomial(a, tail), lambda e: bounded(x, e)))
+
+    return _let(x, whole)
 
 
 def _exponent(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
@@ -299,6 +361,26 @@ def _is_tiny(x: Expr) -> Expr:
 
 _FLOAT32: dict[str, Callable[[Expr], Expr]] = {"exp": exp, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "log": log}
 
+_GELU: dict[str, Callable[[Expr], Expr]] = {
+    "tirx.mmopt_gelu": functools.partial(_gelu, tail=_NORMAL, power=_EXP2),
+    "tirx.mmopt_gelu_coarse": functools.partial(_gelu, tail=_NORMAL_COARSE, power=EXP2_COARSE),
+}
+"""Functions that TVM has no name for."""
+
+
+def gelu(x: Expr, coarse: bool = False) -> Expr:
+    """Gelu by one exponential: half the instructions of the formula with erf. For targets of LLVM only.
+
+    Within 4 units in the last place above zero; 14 down to −3, and a relative error of 3e-4 down to −5.5, where
+    ½ + ½ erf loses its digits. Zero at −10³⁰, NaN at −∞.
+
+    Args:
+        x: A float32 expression.
+        coarse: Whether a relative error of 3e-4 down to −4 will do: a twelfth of what rounding to bfloat16 costs.
+    """
+    register()
+    return Call(Op.get("tirx.mmopt_gelu_coarse" if coarse else "tirx.mmopt_gelu"), [x], ret_ty=x.ty)
+
 
 def _lower(name: str, call: Call) -> Expr:
     x = call.args[0]
@@ -322,3 +404,10 @@ def register() -> None:
     """Make TVM's LLVM backend use the functions of this file. Idempotent."""
     for name in _FLOAT32:
         tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=functools.partial(_lower, name), level=99)
+    for name, function in _GELU.items():
+        tvm_ffi.get_global_func("ir.RegisterOp")(name, "Gelu")
+        register_op_attr(name, "TCallEffectKind", _PURE)
+        register_op_attr(name, "TVectorizable", True)
+        tirx.op.register_intrin_lowering(
+            name, target="llvm", f=lambda call, made=function: made(call.args[0]), level=99
+        )

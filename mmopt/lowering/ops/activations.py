@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
 from tvm import tirx
 from tvm.ir import Expr
 
-from mmopt.lowering.ops.coarse import coarse_gelu, step_behind
+from mmopt.backends.cpu import intrinsics
+from mmopt.lowering.ops.coarse import becomes_bfloat16, coarse_gelu, step_behind
 from mmopt.lowering.ops.elementwise import Scalar, apply, elementwise, is_float, larger, libm, smaller
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import Value
@@ -164,12 +166,19 @@ def binarizer(node: OpNode) -> Value:
 
 @lowers("Gelu")
 def gaussian_error_unit(node: OpNode) -> Value:
-    """Gelu in the form ``approximate`` names."""
-    tanh, step = node.attr("approximate", "none") == "tanh", step_behind(node)
-    coarse = None if tanh or step is None or node.input(0).dtype != "float32" else coarse_gelu(step)
-    if coarse is not None:
-        return apply(node, [node.input(0)], coarse)
-    return apply(node, [node.input(0)], gelu_tanh if tanh else gelu)
+    """Gelu in the form ``approximate`` names, no more exact than what reads it can tell."""
+    x = node.input(0)
+    if node.attr("approximate", "none") == "tanh":
+        return apply(node, [x], gelu_tanh)
+    return apply(node, [x], _gelu_for(node) if x.dtype == "float32" else gelu)
+
+
+def _gelu_for(node: OpNode) -> Scalar:
+    step = step_behind(node)
+    coarse = None if step is None else coarse_gelu(step)
+    if coarse is not None or node.context.program.profile.kind == "cuda":
+        return coarse or gelu
+    return functools.partial(intrinsics.gelu, coarse=becomes_bfloat16(node))
 
 
 @lowers("SwiGLU")

@@ -3,7 +3,7 @@
 A quotient is rounded as the standard says when its dividend is given. When a product, a sum or a norm of the same
 kernel made the dividend, it carries that operator's own rounding errors of a unit in the last place or more, and the
 same is allowed to the division: a multiplication takes its place. A Gelu that nothing but a QuantizeLinear reads is a
-polynomial whose error is a small part of the step.
+polynomial whose error is a small part of the step; before a Cast to bfloat16, one whose error is a part of its.
 """
 
 from __future__ import annotations
@@ -116,6 +116,14 @@ def step_behind(node: OpNode) -> float | None:
     if scale is None or zero is None or scale.constant is None or zero.dtype not in ("uint8", "int8"):
         return None
     return float(np.abs(scale.constant).min()) / max(factor, 1e-30) if scale.constant.size else None
+
+
+def becomes_bfloat16(node: OpNode) -> bool:
+    """Whether ``node``'s result is rounded to bfloat16, and nothing else reads it."""
+    user = _only_user(node.node.outputs[0])
+    if user is None or user.op_type != "Cast" or user.domain != "":
+        return False
+    return user.attributes["to"].as_int() == ir.DataType.BFLOAT16
 
 
 def _only_user(value: ir.Value) -> ir.Node | None:
