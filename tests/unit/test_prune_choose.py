@@ -207,3 +207,20 @@ def test_time_by_the_templates_of_a_target() -> None:
     assert PruneStructured(share="30%", measure="time").run(module, whole)
     (said,) = [remark.message for remark in whole.remarks if remark.kind == "applied" and not remark.node]
     assert "less time: all" in said
+
+
+def test_a_term_is_asked_once_for_the_same_sizes() -> None:
+    """Its time may be the prediction of a template; a search comes back to the same sizes many times."""
+    asked: list[int] = []
+
+    class Counted(costs.Product):
+        def value(self, sizes: costs.Sizes) -> float:
+            asked.append(sizes["a"])
+            return super().value(sizes)
+
+    axis = costs.Axis(64, ((64, (("a", 64),)),))
+    model = costs.CostModel([Counted(640.0, (axis,), None)], {"a": 64, "b": 8})
+    for other in (8, 4, 2):
+        assert model.total({"a": 32, "b": other}) == 320.0
+        assert model.difference({"a": 32, "b": other}, "a", 16) == 160.0
+    assert sorted(asked) == [16, 32]

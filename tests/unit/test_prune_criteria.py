@@ -144,7 +144,8 @@ def test_curves_are_found_once_for_the_same_module_samples_and_criterion(monkeyp
 
 @pytest.mark.parametrize(("kind", "units", "measure", "step"), [
     ("channels", 48, "time", 16), ("channels", 48, "macs", 8), ("channels", 16, "time", 8), ("neurons", 48, "time", 8),
-    ("neurons", 64, "macs", 16), ("heads", 64, "time", 1), ("channels", 3, "time", 1),
+    ("neurons", 64, "macs", 16), ("heads", 64, "time", 1), ("channels", 3, "time", 1), ("neurons", 2048, "time", 128),
+    ("neurons", 2048, "macs", 16), ("hidden units", 640, "time", 48),
 ])  # fmt: skip
 def test_sizes_go_by_what_kernels_like(kind: str, units: int, measure: str, step: int) -> None:
     group = dataclasses.replace(free_groups(perceptron(hidden=8))[0], kind=kind, units=units)

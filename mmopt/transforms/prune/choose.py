@@ -80,13 +80,14 @@ def _moves(problem: Problem, sizes: Sizes, goal: Goal) -> list[tuple[float, str,
     """Damage for each unit of cost saved, of every smaller size of every group."""
     found = []
     missing = problem.cost.total(sizes, goal.tower) - goal.cost
+    left = {tower: problem.cost.total(sizes, tower) for tower in problem.floors}
     for name, listed in problem.options.items():
         damage = problem.curves[name].damage
         for count in listed:
             if count >= sizes[name]:
                 continue
             saved = problem.cost.difference(sizes, name, count, goal.tower)
-            if saved <= _TINY * max(goal.cost, 1.0) or not _keeps_floors(problem, sizes, name, count):
+            if saved <= _TINY * max(goal.cost, 1.0) or not _keeps_floors(problem, sizes, name, count, left):
                 continue
             # What is saved beyond the goal is of no use.
             useful = min(saved, missing)
@@ -94,10 +95,10 @@ def _moves(problem: Problem, sizes: Sizes, goal: Goal) -> list[tuple[float, str,
     return found
 
 
-def _keeps_floors(problem: Problem, sizes: Sizes, name: str, count: int) -> bool:
+def _keeps_floors(problem: Problem, sizes: Sizes, name: str, count: int, left: Mapping[str, float]) -> bool:
     for tower, floor in problem.floors.items():
         saved = problem.cost.difference(sizes, name, count, tower)
-        if saved > 0 and problem.cost.total(sizes, tower) - saved < floor * (1 - 1e-9):
+        if saved > 0 and left[tower] - saved < floor * (1 - 1e-9):
             return False
     return True
 

@@ -92,6 +92,20 @@ class Product:
         return result
 
 
+class _Remembered:
+    """A term whose values are computed once for the same sizes: a search asks for the same ones many times."""
+
+    def __init__(self, term: Term) -> None:
+        self._term, self.names, self.tower = term, tuple(sorted(term.groups)), term.tower
+        self._values: dict[tuple[int, ...], float] = {}
+
+    def value(self, sizes: Sizes) -> float:
+        key = tuple([sizes[name] for name in self.names])
+        if key not in self._values:
+            self._values[key] = self._term.value(sizes)
+        return self._values[key]
+
+
 class CostModel:
     """The cost of a model: a sum of terms.
 
@@ -104,10 +118,10 @@ class CostModel:
     """
 
     def __init__(self, terms: Iterable[Term], full: Sizes) -> None:
-        self._terms, self.full = list(terms), dict(full)
-        self._by_group: dict[str, list[Term]] = {name: [] for name in full}
+        self._terms, self.full = [_Remembered(term) for term in terms], dict(full)
+        self._by_group: dict[str, list[_Remembered]] = {name: [] for name in full}
         for term in self._terms:
-            for name in term.groups:
+            for name in term.names:
                 self._by_group[name].append(term)
 
     def total(self, sizes: Sizes | None = None, tower: str | None = None) -> float:

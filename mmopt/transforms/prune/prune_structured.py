@@ -81,6 +81,10 @@ _STEPS = {"heads": 1, "groups": 1}
 """Units that are cut one by one: each of them is wide in itself."""
 
 
+_SIZES = 16
+"""Sizes of a group that are looked at where time counts, and some more."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PruneStructured(Pass):
     """Cut whole channels, neurons, heads and hidden units, the least important first, until the model costs less.
@@ -286,7 +290,8 @@ def liked_step(group: Group, measure: str = "time") -> int:
     """Units at a time that leave sizes which kernels like.
 
     Where time is what counts, channels of convolutions fill whole vectors if there are two of them or more: one that is
-    part empty takes as long as a full one, and a copy of the image besides.
+    part empty takes as long as a full one, and a copy of the image besides. Then large groups have some sixteen sizes,
+    too, for the time of each is predicted together with those of the groups beside it.
 
     Args:
         group: What is cut.
@@ -295,7 +300,8 @@ def liked_step(group: Group, measure: str = "time") -> int:
     if group.kind in _STEPS:
         return _STEPS[group.kind]
     fewest = 2 if group.kind == "channels" and measure == "time" else 4
-    return next((step for step in (16, 8, 4, 2) if group.units >= fewest * step), 1)
+    step = next((step for step in (16, 8, 4, 2) if group.units >= fewest * step), 1)
+    return step * (-(-group.units // (_SIZES * step)) if measure == "time" else 1)
 
 
 def _even(curve: Curve) -> Curve:
