@@ -16,10 +16,20 @@ from mmopt.backends.profile import load_profile
 from mmopt.building import build_artifact
 from mmopt.cli import main
 from mmopt.ir.module import Module
+from mmopt.pipeline.base import PassContext
+from mmopt.transforms.fuse.fuse_groups import FuseGroups
+from mmopt.transforms.quantize import recurrent_layers
 from tests.arm.emulation import emulate, needs_emulation, run_artifact
 from tests.programs import Example, assert_close, grouped
 from tests.small_models import two_layers
-from tests.unit import test_conv_narrow, test_kernel_conv, test_kernel_matmul, test_narrow_products
+from tests.unit import (
+    test_conv_narrow,
+    test_kernel_conv,
+    test_kernel_matmul,
+    test_kernel_recurrent,
+    test_narrow_products,
+)
+from tests.unit import test_kernel_recurrent_integers as recurrent_integers
 from tests.unit.test_kernel_conv import Geometry
 
 pytestmark = [pytest.mark.arm, needs_emulation]
@@ -126,6 +136,30 @@ def test_convolutions_of_narrow_floats(kind: str, target: str, tmp_path: pathlib
     ]
     examples = [test_conv_narrow.rounded_example(g, kind) for g in shapes]
     models_agree(examples, target, tmp_path, lambda model: test_conv_narrow.narrowed(model, kind), 1e-5)
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "neoverse-v1"])
+def test_recurrences_in_integers(target: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step is that of integer arithmetic, with each processor's way to multiply bytes."""
+    monkeypatch.setattr(recurrent_layers, "SMALLEST_HIDDEN", 16)
+    layers = recurrent_integers.layers()
+    modules = [recurrent_integers.quantized(layer) for layer in layers]
+    entries = {f"entry{number}": module.clone() for number, module in enumerate(modules)}
+    for entry in entries.values():
+        FuseGroups().run(entry, PassContext())
+    artifact = tmp_path / "layers.mmopt"
+    build_artifact(entries["entry0"], load_profile(target), artifact, entries=entries)
+    wrong = []
+    for (name, entry), module, layer in zip(entries.items(), modules, layers, strict=True):
+        arrays = test_kernel_recurrent.tensors(layer)
+        feeds = {str(v.name): arrays[str(v.name)] for v in module.graph.inputs}
+        made = run_artifact(target, artifact, feeds, "--entry", name)
+        got = [made[str(value.name)] for value in entry.graph.outputs]
+        want = recurrent_integers.step_by_step(module, layer, got[0].astype(np.float64))
+        errors = [float(np.abs(a - b).max()) for a, b in zip(got, want, strict=True)]
+        if max(errors) > 2e-5:
+            wrong.append(f"{layer}: {errors}")
+    assert not wrong, f"{len(wrong)} of {len(layers)} on {target}:\n" + "\n".join(wrong)
 
 
 def test_one_artifact_for_several_processors(tmp_path: pathlib.Path) -> None:

@@ -131,7 +131,8 @@ class _Layer:
     def _state_step(self) -> float | None:
         """The step of the state, where products with it are of integers."""
         profile = self.node.context.program.profile
-        if self.nest is not Recurrence or profile.kind != "cpu" or self.r_bytes is None or self.batch_first:
+        here = self.nest is Recurrence and profile.kind in ("cpu", "arm")
+        if not here or self.r_bytes is None or self.batch_first:
             return None
         covered = self.x.dtype == "float32" and recurrent_dot.instructions(profile)
         return state_step(self.node.optional(5)) if covered else None
