@@ -10,7 +10,7 @@ from tvm.ir import Call, Expr, is_prim_expr
 CALL_COST = 8
 """Cost of a transcendental call in units of one arithmetic operation."""
 
-_FREE_CALLS = frozenset({"tirx.if_then_else", "tirx.reinterpret", "tirx.likely"})
+_FREE_CALLS = frozenset({"tirx.if_then_else", "tirx.reinterpret", "tirx.likely", "tirx.mmopt_bfloat16"})
 
 _POLYNOMIALS = frozenset({"tirx.exp", "tirx.tanh", "tirx.sigmoid", "tirx.erf", "tirx.log"}) | {
     "tirx.mmopt_gelu",
@@ -117,6 +117,26 @@ def rectified(expression: Expr) -> Expr:
         return done[node]
 
     return visit(expression)
+
+
+def narrowed(expression: Expr, bits: Callable[[Expr], Expr]) -> Expr:
+    """``expression`` with ``bits`` for each conversion of float32 to bfloat16: they give it as uint16."""
+    if not any(map(_narrows, nodes(expression))):
+        return expression
+    done: dict[Expr, Expr] = {}
+
+    def visit(node: Expr) -> Expr:
+        if node not in done:
+            operands = [visit(p) for p in parts(node)]
+            made = _with_parts(node, operands, lambda part: part)
+            done[node] = tirx.reinterpret("bfloat16", bits(operands[0])) if _narrows(node) else made
+        return done[node]
+
+    return visit(expression)
+
+
+def _narrows(node: Expr) -> bool:
+    return isinstance(node, tirx.Cast) and str(node.ty) == "bfloat16" and str(node.value.ty) == "float32"
 
 
 def _rectifies(node: Expr) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 import pytest
 import scipy.special
@@ -163,3 +164,21 @@ def test_gelu_of_what_is_no_number() -> None:
     for coarse in (False, True):
         y = evaluate(lambda v, coarse=coarse: intrinsics.gelu(v, coarse), x)  # type: ignore[misc]
         np.testing.assert_array_equal(y, np.array([np.inf, np.nan, 0, 0, 1e30, 0], np.float32))
+
+
+def test_rounding_to_bfloat16() -> None:
+    """On whole vectors and on what is left of them, halves to even, infinities and NaN as they are."""
+    special = [np.inf, -np.inf, np.nan, 0.0, 3.4e38, -3.4e38, 1.00390625, 1.01171875, 2.0**-126]
+    x = np.concatenate([np.resize(np.array(special, np.float32), 37), samples(1000)])
+    x = x[~(np.abs(x) < 2.0**-126) | (x == 0)]
+    x = x[: len(x) // 16 * 16 + 5]
+    source = Source(x.shape, "float32", "x")
+    result = Map(x.shape, "bfloat16", lambda i: source[i].astype("bfloat16"), "y")
+    kernel = KernelEmitter([result], native_profile()).build()
+    module = tvm.IRModule({"f": kernel.function.with_attr("global_symbol", "f")})
+    compiled = tvm.compile(module, target=target_of(native_profile()))
+    y = tvm.runtime.tensor(np.zeros(x.shape, ml_dtypes.bfloat16))
+    compiled["f"](tvm.runtime.tensor(x), y)
+    np.testing.assert_array_equal(y.numpy().astype(np.float32), x.astype(ml_dtypes.bfloat16).astype(np.float32))
+    if intrinsics.has_bfloat16(native_profile()):
+        assert "vcvtneps2bf16" in compiled.mod.inspect_source("asm")

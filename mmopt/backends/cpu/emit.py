@@ -17,11 +17,13 @@ from tvm.tirx import Stmt
 from tvm_ffi import structural_hash
 
 from mmopt.backends.compute import LoopNest, LoopResult, Map, Reduction, Sink, Source, Tensor, loading_with
+from mmopt.backends.cpu import intrinsics
 from mmopt.backends.cpu.collapse import collapse, expand
+from mmopt.backends.cpu.dot import importing
 from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, static, when
 from mmopt.backends.cpu.plan import Planner, trace
 from mmopt.backends.cpu.reduce import emit_reduction
-from mmopt.backends.expressions import itemsize, rectified, same, simplify, untangled, variables
+from mmopt.backends.expressions import itemsize, narrowed, rectified, same, simplify, untangled, variables
 from mmopt.backends.profile import Profile
 
 PARALLEL_WORK = 32768
@@ -112,6 +114,7 @@ class KernelEmitter:
         self.places: dict[Tensor, Place] = {}
         self._overrides: dict[Tensor, tuple[tuple[Expr, ...], Expr]] = {}
         self._scopes: list[_Scope] = []
+        self._imported: intrinsics.Rounding | None = None
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -144,6 +147,8 @@ class KernelEmitter:
         scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
         if self.profile.kind == "arm":
             value = rectified(value)
+        if self.profile.kind == "cpu" and intrinsics.has_bfloat16(self.profile):
+            value = narrowed(value, self._bfloat16_bits)
         if not scope.bind:
             return value
 
@@ -153,6 +158,10 @@ class KernelEmitter:
             return kept
 
         return untangled(value, before)
+
+    def _bfloat16_bits(self, value: Expr) -> Expr:
+        self._imported = intrinsics.Rounding()
+        return intrinsics.bfloat16_bits(value)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:
@@ -181,6 +190,7 @@ class KernelEmitter:
             for tensor in (*self.plan.sources, *self.outputs):
                 self.places[tensor] = Place(tirx.decl_buffer(tensor.shape, tensor.dtype, spelled(tensor.name)))
             body = self.finished(self._shared_rows() if self.plan.shared else self._stages(self.plan.stages))
+            body = importing([self._imported], body) if self._imported else body
         symbols = self._symbols(body)
         params = [
             *(self.places[s].buffer for s in self.plan.sources),

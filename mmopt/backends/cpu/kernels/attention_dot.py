@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tvm import tirx
 from tvm.ir import Expr
@@ -19,8 +20,8 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor
 from mmopt.backends.cpu.choosing import Workload
-from mmopt.backends.cpu.dot import Dot, MicroKernel, address, configure_tiles, importing, release_tiles
-from mmopt.backends.cpu.intrinsics import EXP2_COARSE, exp2_below_zero
+from mmopt.backends.cpu.dot import Code, Dot, MicroKernel, address, configure_tiles, importing, release_tiles
+from mmopt.backends.cpu.intrinsics import EXP2_COARSE, Rounding, bfloat16_bits, exp2_below_zero, has_bfloat16
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, split_index, static
 from mmopt.backends.expressions import simplify
 
@@ -85,13 +86,16 @@ class DotAttention(LoopNest):
         """Template parameters, for reports."""
         return {"instruction": self.dot.name, "rows": self.rows, "keys": self.block}
 
-    def emit(self, kernel: object, sinks: Sequence[Sink]) -> Stmt:
+    def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over images and heads."""
-        kernels: list[MicroKernel] = []
+        kernels: list[Code] = []
+        profile = kernel.profile
+        if native := profile.kind == "cpu" and has_bfloat16(profile):
+            kernels.append(Rounding())
 
         def task(number: Expr) -> Stmt:
             batch, head = split_index(number, (self.batch, i64(self.heads)))
-            return _Task(self, sinks[0], batch, head, kernels).emit()
+            return _Task(self, sinks[0], batch, head, kernels, native).emit()
 
         body = loop(simplify(self.batch * self.heads), task, "parallel", "task")
         return importing(kernels, body)
@@ -107,8 +111,10 @@ def _bits(value: Expr) -> Expr:
     return tirx.reinterpret("uint16", value)
 
 
-def _rounded(value: Expr) -> Expr:
-    """The bits of a float32 from 0 to 1 rounded to bfloat16, halves up."""
+def _rounded(value: Expr, native: bool) -> Expr:
+    """The bits of a float32 from 0 to 1 rounded to bfloat16, halves up where there is no instruction for it."""
+    if native:
+        return bfloat16_bits(value)
     bits = tirx.reinterpret("uint32", value)
     return tirx.shift_right(bits + tirx.const(0x8000, "uint32"), tirx.const(16, "uint32")).astype("uint16")
 
@@ -124,8 +130,11 @@ def _pair(low: Expr, high: Expr | None) -> Expr:
 class _Task:
     """All rows of one head of one image."""
 
-    def __init__(self, nest: DotAttention, sink: Sink, batch: Expr, head: Expr, kernels: list[MicroKernel]) -> None:
+    def __init__(
+        self, nest: DotAttention, sink: Sink, batch: Expr, head: Expr, kernels: list[Code], native: bool
+    ) -> None:
         self.nest, self.sink, self.batch, self.head, self.kernels = nest, sink, batch, head, kernels
+        self.native = native
         self.kv_head = tirx.floordiv(head, i64(nest.sharing))
         self.padded = -(-nest.keys // PANEL) * PANEL
         rows, size = nest.rows, nest.size
@@ -290,7 +299,7 @@ class _Task:
         def weight(n: Expr, v: Expr) -> Stmt:
             score = self.scores[start + n]
             parts, value = self._power(score * unit - new if nest.mask is None else (score - new) * unit)
-            stored = self._put(self.weights, start + n, _rounded(value))
+            stored = self._put(self.weights, start + n, _rounded(value, self.native))
             return seq(*parts, stored, self._put(self.lanes, v, self.lanes[v] + value))
 
         beyond = -(-count // PANEL) * PANEL - count
