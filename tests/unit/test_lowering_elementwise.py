@@ -7,7 +7,7 @@ import pytest
 import scipy.special
 
 from tests.operators import example, numbers
-from tests.programs import Example, check
+from tests.programs import Example, Programs, check, grouped
 
 PROFILE = "x86-64-v3"
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 1.5, -2.5, 3.0], dtype="float32")
@@ -166,6 +166,17 @@ def test_activations(dtype: str) -> None:
         for text, rule in ACTIVATIONS.items()
     ]
     check(examples, PROFILE, 2e-6 if dtype != "float16" else None)
+
+
+@pytest.mark.parametrize("text", ["Gelu(x)", 'Gelu<approximate = "tanh">(x)'])
+def test_gelu_keeps_its_digits_below_zero(text: str) -> None:
+    """Where ½ + ½ erf and ½ + ½ tanh have none left."""
+    x = np.linspace(-5, -2, 1000).astype(np.float32)
+    wide = x.astype("float64")
+    inner = np.sqrt(2 / np.pi) * (wide + 0.044715 * wide**3)
+    want = wide * (scipy.special.expit(2 * inner) if "tanh" in text else scipy.special.ndtr(wide))
+    (got,) = Programs([grouped(example(f"y = {text}", {"x": x}, want=[want]).model)], PROFILE).run(0, {"x": x})
+    np.testing.assert_allclose(got, want, rtol=2e-4 if text == "Gelu(x)" else 3e-6)
 
 
 def test_functions_of_one_operand() -> None:

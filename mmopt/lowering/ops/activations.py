@@ -47,9 +47,9 @@ def gelu(x: Expr) -> Expr:
 
 
 def gelu_tanh(x: Expr) -> Expr:
-    """Gaussian error linear unit with the tanh approximation (Hendrycks & Gimpel 2016)."""
-    inner = like(x, math.sqrt(2 / math.pi)) * (x + like(x, 0.044715) * x * x * x)
-    return like(x, 0.5) * x * (like(x, 1) + tirx.tanh(inner))
+    """Gaussian error linear unit with the tanh approximation (Hendrycks & Gimpel 2016), as ½ + ½ tanh(z) = σ(2z)."""
+    inner = like(x, 2 * math.sqrt(2 / math.pi)) * (x + like(x, 0.044715) * x * x * x)
+    return x * sigmoid(inner)
 
 
 def _sign(x: Expr) -> Expr:
