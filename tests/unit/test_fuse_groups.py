@@ -72,6 +72,37 @@ def test_convolution_bias_residual_relu() -> None:
     assert grouped(text) == [["Conv", "Add", "Add", "Relu"]]
 
 
+def test_paths_that_meet_again() -> None:
+    text = """g (float[3,4] x, float[4,6] w, float[6] b, float c) => (float[3,6] y) {
+        m = MatMul(x, w)
+        n = Add(m, b)
+        s = Mul(n, c)
+        g = Sigmoid(s)
+        y = Mul(n, g)
+    }"""
+    assert grouped(text) == [["MatMul", "Add", "Mul", "Sigmoid", "Mul"]]
+    assert grouped(text, max_nodes=4) == [["MatMul", "Add"], ["Mul", "Sigmoid", "Mul"]]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "y = Mul(n, g) z = Neg(s)",  # what stands between is needed elsewhere
+        "z = Transpose(n) y = Mul(n, g)",  # one path moves elements
+        "y = Mul(n, g) k = Mul(y, g) z = ReduceSum(n)",  # one path does not come back
+    ],
+)
+def test_paths_that_do_not_all_meet_stay_outside(after: str) -> None:
+    z = {"Neg": "3,6", "Tra": "6,3", "Red": "1,1"}[after.split("z = ")[1][:3]]
+    text = f"""g (float[3,4] x, float[4,6] w) => (float[3,6] y, float[{z}] z) {{
+        n = MatMul(x, w)
+        s = Neg(n)
+        g = Sigmoid(s)
+        {after}
+    }}"""
+    assert not any("MatMul" in group for group in grouped(text))
+
+
 @pytest.mark.parametrize("product", ["MatMul(x, w)", "Gemm(x, w)"])
 def test_product_bias_activation(product: str) -> None:
     text = f"""g (float[3,4] x, float[4,6] w, float[6] b) => (float[3,6] y) {{

@@ -214,10 +214,27 @@ class _Grouping:
         elif not _same_extents(wanted, last.shape) and not (_is_unary(node) and node.inputs[0] is last):
             return f"its shape {wanted} differs from that of {group.nodes[-1].name}"
         fixed = group.kind in ("anchor", "reader") and not is_narrowing(node)
-        if fixed and not all(_sole_use(v, node) for v in _made(group, node)):
+        if fixed and not all(self._stays(group, value, node) for value in _made(group, node)):
             return f"the result of {group.nodes[-1].name} is needed elsewhere too"
         before = self._needed_before(group, node)
         return None if before is None else f"{before.name}, which stands before it, needs a result of the group"
+
+    def _stays(self, group: Group, value: ir.Value, node: ir.Node) -> bool:
+        """Whether nothing but the group needs ``value`` once ``node`` is in it and, after it, the elementwise operators
+        up to the one where all paths from ``value`` meet again, as in x · sigmoid(x)."""
+        before = set(group.nodes)
+        inside = before | {node}
+        while waiting := _users(value) - inside:
+            reached = {user for made in inside - before for user in _users(made.outputs[0])} - inside
+            first = min(waiting | reached, key=lambda user: self.position[user])
+            alike = _same_extents(first.outputs[0].shape, value.shape)
+            known = first.graph is self.graph and _kind(first) == "elementwise" and not is_narrowing(first)
+            if not (alike and known) or len(inside) >= self.max_nodes:
+                return False
+            inside.add(first)
+        passed = sorted(inside - before, key=lambda member: self.position[member])[:-1]
+        made = [value, *(member.outputs[0] for member in passed)]
+        return all(_users(v) <= inside and not v.is_graph_output() for v in made)
 
     def _needed_before(self, group: Group, node: ir.Node) -> ir.Node | None:
         """A node outside the group that needs one of its results and stands before ``node``."""
@@ -371,6 +388,10 @@ def _extent(dim: int | ir.SymbolicDim) -> int | str | None:
 def _made(group: Group, node: ir.Node) -> list[ir.Value]:
     members = set(group.nodes)
     return [v for v in node.inputs if v is not None and v.producer() in members]
+
+
+def _users(value: ir.Value) -> set[ir.Node]:
+    return {user for user, _ in value.uses()}
 
 
 def _sole_use(value: ir.Value, node: ir.Node) -> bool:
