@@ -20,6 +20,11 @@ def compile_kernel(function: str, profile: Profile, path: str) -> None:
     """Compile one TIR function, given as JSON, to a shared library. Runs in a process of its own."""
     import tvm
 
+    if profile.kind == "cuda":
+        from mmopt.backends.cuda.pipeline import build_kernel
+
+        pathlib.Path(path).write_bytes(build_kernel(tvm.ir.load_json(function), profile))
+        return
     from mmopt.backends.cpu import intrinsics
     from mmopt.backends.cpu.pipeline import code_generation, target_of
 

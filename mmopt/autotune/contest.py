@@ -83,7 +83,9 @@ class Decision:
 
 
 def scope_threads(profile: Profile) -> int:
-    """Threads that kernels for ``profile`` are measured with: as many as a session takes."""
+    """Threads that kernels for ``profile`` are measured with: as many as a session takes; one launches on a GPU."""
+    if profile.kind == "cuda":
+        return 1
     return default_threads() if fits_here(profile) else profile.cores
 
 

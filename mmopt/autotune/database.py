@@ -65,7 +65,7 @@ def kernel_version() -> str:
     """Short text that changes whenever a kernel may: with the source of the backend, and with TVM."""
     digest = hashlib.sha256(importlib.metadata.version("apache-tvm").encode())
     backend = pathlib.Path(__file__).resolve().parent.parent / "backends"
-    for path in sorted(backend.rglob("*.py")):
+    for path in sorted((*backend.rglob("*.py"), *backend.rglob("*.cuh"))):
         digest.update(path.relative_to(backend).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 

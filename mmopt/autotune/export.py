@@ -20,12 +20,15 @@ from mmopt.autotune.build import Builders
 from mmopt.autotune.contest import fits_here, scope_threads
 from mmopt.autotune.database import FORMAT, Database, Record, Scope, kernel_version, profile_digest
 from mmopt.autotune.lowered import LoweredModel
-from mmopt.autotune.runner import build_candidates, records_of
+from mmopt.autotune.runner import build_candidates, device_of, records_of
 from mmopt.autotune.space import BATCH, WHOLE, Space
+from mmopt.backends.linking import architecture
 from mmopt.backends.profile import Profile, load_profile
 from mmopt.errors import MmoptError, UserError
 from mmopt.ir.module import Module
 from mmopt.runtime import atomic
+from mmopt.runtime.cpu import machine
+from mmopt.runtime.device import CUDA_LIBRARY
 from mmopt.runtime.libraries import installed_libraries
 
 README = """\
@@ -33,7 +36,7 @@ Candidates of kernels, compiled by mmopt for {target}.
 
 Run them on a machine of that kind, with nothing else going on:
 
-    pip install numpy apache-tvm-ffi=={ffi}
+    pip install numpy apache-tvm-ffi=={ffi}{more}
     python measure.py
 
 Results are appended to results.jsonl; an interrupted run goes on where it was. Then, where mmopt is:
@@ -126,14 +129,19 @@ class _Export:
         scope = dataclasses.asdict(self._scope)
         meta = {"format": FORMAT, "scope": scope, "target": self._profile.to_dict()}
         (self._folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        readme = README.format(target=self._profile.name, ffi=_ffi_version())
+        more = " nvidia-cuda-runtime" if self._profile.kind == "cuda" else ""
+        readme = README.format(target=self._profile.name, ffi=_ffi_version(), more=more)
         (self._folder / "README.txt").write_text(readme, encoding="utf-8")
         self._carry_runtime()
         return Exported(self._folder, len({task["workload"] for task in self._tasks}), self._count, self._failed)
 
     def _carry_runtime(self) -> None:
         """TVM's runtime libraries come along when they are of the right kind: those installed here."""
-        libraries = installed_libraries() if fits_here(self._profile) else []
+        cuda = self._profile.kind == "cuda"
+        fits = architecture(self._profile) == machine() if cuda else fits_here(self._profile)
+        libraries = installed_libraries() if fits else []
+        if cuda:
+            libraries += [path for f in {path.parent for path in libraries} if (path := f / CUDA_LIBRARY).is_file()]
         if libraries:
             (self._folder / "runtime").mkdir()
         for path in libraries:
@@ -159,8 +167,15 @@ class _Export:
         self._progress(min(self._count, total), total, key)
         for start in range(1, len(good), BATCH - 1):
             batch = [good[0], *good[start : start + BATCH - 1]]
-            task = {"task": len(self._tasks), "workload": key, "threads": self._scope.threads, "candidates": batch}
-            self._tasks.append(task)
+            self._tasks.append(
+                {
+                    "task": len(self._tasks),
+                    "workload": key,
+                    "device": device_of(self._profile),
+                    "threads": self._scope.threads,
+                    "candidates": batch,
+                }
+            )
 
 
 def _ffi_version() -> str:

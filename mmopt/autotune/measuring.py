@@ -4,8 +4,9 @@ This file stands alone: `mmopt tune --export` copies it into the exported folder
 without a compiler runs it there (``python measure.py``); mmopt itself runs it in a process of its own, so that a kernel
 that crashes takes nothing else along.
 
-A *task* is a dict: ``candidates``, each with ``kernels`` (``library``, ``function``, ``calls``, ``arguments``), and
-``threads``. An argument is ``{"symbol": 7}`` or ``{"role": "input"|"weight"|"output", "dtype": …, "shape": […]}``.
+A *task* is a dict: ``candidates``, each with ``kernels`` (``library``, ``function``, ``calls``, ``arguments``),
+``threads``, and ``device``, which is ``cpu`` or ``cuda``. An argument is
+``{"symbol": 7}`` or ``{"role": "input"|"weight"|"output", "dtype": …, "shape": […]}``.
 """
 
 from __future__ import annotations
@@ -63,8 +64,51 @@ def cold_bytes() -> int:
     return min(max(sizes), 512 << 20)
 
 
-def machine_name() -> str:
-    """The processor, as the system calls it."""
+class Gpu:
+    """The first NVIDIA GPU of this machine, as the driver knows it.
+
+    Attributes:
+        sm: Compute capability, as 10 · major + minor; 0 where there is no GPU, or no driver.
+        name: What it is called.
+        l2_bytes: Size of its cache.
+    """
+
+    def __init__(self) -> None:
+        self.sm, self.name, self.l2_bytes = 0, "", 0
+        device = ctypes.c_int()
+        try:
+            self._driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        except OSError:
+            return
+        if self._driver.cuInit(0) or self._driver.cuDeviceGet(ctypes.byref(device), 0):
+            return
+        text = ctypes.create_string_buffer(256)
+        self._driver.cuDeviceGetName(text, len(text), device)
+        self.sm = 10 * self._fact(75, device) + self._fact(76, device)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
+        self.name, self.l2_bytes = text.value.decode(errors="replace"), self._fact(38, device)  # …_L2_CACHE_SIZE
+
+    def _fact(self, attribute: int, device: ctypes.c_int) -> int:
+        value = ctypes.c_int()
+        self._driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device)
+        return value.value
+
+
+def refusal(target: Task) -> str:
+    """Why candidates for ``target`` cannot be measured here, or ""."""
+    if target.get("kind") != "cuda":
+        return ""
+    gpu, wanted = Gpu(), int(target["sm"])
+    if not gpu.sm:
+        return f"these candidates are for {target['name']}; there is no NVIDIA GPU here, or no driver for it"
+    if gpu.sm < wanted:
+        return f"these candidates are for {target['name']} (sm_{wanted}); the GPU here, {gpu.name}, is sm_{gpu.sm}"
+    return ""
+
+
+def machine_name(device: str = "cpu") -> str:
+    """The processor, as the system calls it; with ``cuda`` the GPU, as its driver does."""
+    if device == "cuda":
+        return Gpu().name
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith(("model name", "Model")):
@@ -88,6 +132,23 @@ def load_runtime(folder: str | os.PathLike[str] | None = None) -> Any:
     return tvm_ffi
 
 
+def load_cuda_runtime(ffi: Any, folder: str | os.PathLike[str] | None = None) -> None:
+    """TVM's runtime for GPUs and NVIDIA's, beside what :func:`load_runtime` has loaded."""
+    if ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
+        return
+    library = next(iter(_runtime_libraries(folder))).with_name("libtvm_runtime_cuda.so")
+    if not library.exists():
+        raise SystemExit(f"{library} is not there: install apache-tvm, or give its folder with --runtime")
+    spec = importlib.util.find_spec("nvidia")
+    places = [pathlib.Path(place) for place in (spec.submodule_search_locations or ())] if spec else []
+    for dependency in [path for place in places for path in sorted(place.glob("cu*/lib/libcudart.so.*"))[:1]]:
+        ctypes.CDLL(str(dependency), ctypes.RTLD_GLOBAL)
+    try:
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+    except OSError as error:
+        raise SystemExit(f"{error}: install nvidia-cuda-runtime and NVIDIA's driver") from error
+
+
 def _runtime_libraries(folder: str | os.PathLike[str] | None) -> list[pathlib.Path]:
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     names = ["libtvm_runtime" + suffix, "libtvm_runtime_extra" + suffix]
@@ -101,13 +162,22 @@ def _runtime_libraries(folder: str | os.PathLike[str] | None) -> list[pathlib.Pa
 
 
 class Memory:
-    """Arguments of kernels. Weights are pieces of one large area; every call gets the next ones."""
+    """Arguments of kernels. Weights are pieces of one large area; every call gets the next ones.
+
+    Attributes:
+        sticky: Whether an error of one kernel makes all that come later fail.
+    """
+
+    sticky = False
 
     def __init__(self, ffi: Any) -> None:
         self.ffi = ffi
         self.view = ffi.get_global_func("runtime.TVMTensorCreateView")
         self.area = self._aligned(cold_bytes())
         self.fill(self.area)
+
+    def wait(self) -> None:
+        """Until all kernels that were called are done."""
 
     @staticmethod
     def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -162,6 +232,45 @@ class Memory:
         return argument["symbol"] if "symbol" in argument else self.alone(argument)
 
 
+class DeviceMemory(Memory):
+    """As :class:`Memory`, on a GPU. Copies of weights together are twice as large as its cache."""
+
+    sticky = True
+
+    def __init__(self, ffi: Any) -> None:
+        self.ffi = ffi
+        self.device = ffi.device("cuda", 0)
+        self.view = ffi.get_global_func("runtime.TVMTensorCreateView")
+        self.allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
+        self.copy = ffi.get_global_func("runtime.TVMTensorCopyFromTo")
+        self.synchronize = ffi.get_global_func("runtime.Device_StreamSync")
+        self.cold = min(max(2 * Gpu().l2_bytes, 64 << 20), 512 << 20)
+
+    def wait(self) -> None:
+        self.synchronize(self.device, 0)
+
+    def alone(self, argument: Task) -> Any:
+        """As on a CPU, copied to the GPU."""
+        here = super().alone(argument)
+        there = self.allocate(self.ffi.Shape(list(argument["shape"])), here.dtype, self.device, None)
+        if nbytes_of(argument):
+            self.copy(here, there)
+            self.wait()  # the memory it was in is not kept
+        return there
+
+    def calls(self, arguments: Sequence[Task]) -> Iterator[list[Any]]:
+        weights = [(n, a) for n, a in enumerate(arguments) if a.get("role") == "weight"]
+        total = sum(nbytes_of(a) for _, a in weights)
+        fixed = [None if a.get("role") == "weight" else self._fixed(a) for a in arguments]
+        lists = []
+        for _ in range(max(1, min(_MOST_COPIES, self.cold // total)) if total else 1):
+            made = list(fixed)
+            for position, argument in weights:
+                made[position] = self.alone(argument)
+            lists.append(made)
+        return itertools.cycle(lists)
+
+
 def nbytes_of(argument: Task) -> int:
     """Bytes of a tensor."""
     digits = "".join(c for c in argument["dtype"].split("_")[0] if c.isdigit())
@@ -172,6 +281,7 @@ class Candidate:
     """Kernels that together are one candidate, ready to be called."""
 
     def __init__(self, memory: Memory, folder: str | os.PathLike[str], kernels: Sequence[Task]) -> None:
+        self.memory = memory
         self.kernels: list[tuple[Any, Iterator[list[Any]], int]] = []
         for kernel in kernels:
             function = memory.ffi.load_module(str(pathlib.Path(folder, kernel["library"])))[kernel["function"]]
@@ -191,12 +301,13 @@ class Candidate:
         spent = sum(calls * self._mean(function, lists, self.repeats) for function, lists, calls in self.kernels)
         self.means.append(spent / total)
 
-    @staticmethod
-    def _mean(function: Any, lists: Iterator[list[Any]], repeats: int) -> float:
+    def _mean(self, function: Any, lists: Iterator[list[Any]], repeats: int) -> float:
         todo = list(itertools.islice(lists, repeats))
+        self.memory.wait()
         begun = time.perf_counter()
         for arguments in todo:
             function(*arguments)
+        self.memory.wait()
         return (time.perf_counter() - begun) / repeats
 
     def result(self) -> Result:
@@ -209,23 +320,34 @@ class Measurer:
     """Measures tasks in this process."""
 
     def __init__(self, folder: str | os.PathLike[str] = ".", runtime: str | os.PathLike[str] | None = None) -> None:
-        self.folder = folder
+        self.folder, self.runtime = folder, runtime
         self.ffi = load_runtime(runtime)
-        self.memory = Memory(self.ffi)
+        self.memories: dict[str, Memory] = {}
         self.threads = 0
+
+    def memory(self, device: str) -> Memory:
+        """Memory of a device, which is got ready when it is first asked for."""
+        if device not in self.memories:
+            if device == "cuda":
+                load_cuda_runtime(self.ffi, self.runtime)
+            self.memories[device] = (DeviceMemory if device == "cuda" else Memory)(self.ffi)
+        return self.memories[device]
 
     def measure(self, task: Task, tell: Callable[[int], None]) -> list[Result]:
         """One result for every candidate of ``task``; ``tell(index)`` is called before a candidate first runs."""
         self._use(task["threads"])
+        memory = self.memory(task.get("device", "cpu"))
         ready: dict[int, Candidate] = {}
         results: dict[int, Result] = {}
         for index, candidate in enumerate(task["candidates"]):
             tell(index)
             try:
-                made = Candidate(self.memory, self.folder, candidate["kernels"])
+                made = Candidate(memory, self.folder, candidate["kernels"])
                 made.warm_up()
                 ready[index] = made
             except Exception as error:  # whatever a kernel's own checks raise
+                if memory.sticky:
+                    raise  # who supervises notes it, and goes on with a process where the GPU works
                 results[index] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
         for turn in range(TURNS):
             order = sorted(ready)
@@ -348,6 +470,10 @@ def measure_folder(folder: pathlib.Path, runtime: pathlib.Path | None, output: p
     """Measure the tasks of an exported folder and append a line for each to ``output``; those there are left out."""
     tasks = [json.loads(line) for line in (folder / "tasks.jsonl").read_text(encoding="utf-8").splitlines()]
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    if why := refusal(meta["target"]):
+        raise SystemExit(why)
+    device = "cuda" if meta["target"].get("kind") == "cuda" else "cpu"
+    threads = 0 if device == "cuda" else threads
     done: set[int] = set()
     if output.exists():
         for line in output.read_text(encoding="utf-8").splitlines():
@@ -365,7 +491,7 @@ def measure_folder(folder: pathlib.Path, runtime: pathlib.Path | None, output: p
                 "task": task["task"],
                 "workload": task["workload"],
                 "threads": threads or task["threads"],
-                "machine": machine_name(),
+                "machine": machine_name(device),
                 "results": [
                     {"parameters": candidate["parameters"], **result}
                     for candidate, result in zip(task["candidates"], results, strict=True)

@@ -16,9 +16,10 @@ from mmopt.autotune.lowered import KernelCode, LoweredModel
 from mmopt.autotune.measuring import Supervisor, machine_name
 from mmopt.autotune.space import Space
 from mmopt.backends.profile import Profile
-from mmopt.errors import UserError
+from mmopt.errors import UnsupportedError, UserError
 from mmopt.ir.module import Module
 from mmopt.runtime.cpu import check_target, default_threads
+from mmopt.runtime.gpu import present_gpu
 
 MINUTES = 5.0
 """Time to spend when nobody says."""
@@ -132,11 +133,21 @@ def tune(
     Raises:
         UnsupportedError: The target is not this machine.
     """
+    _check_device(profile)
     check_target(profile.to_dict(), where=f"target {profile.name}")
     with tempfile.TemporaryDirectory(prefix="mmopt-tune-") as folder:
         search = _Search(modules, profile, database, budget, threads or default_threads(), pathlib.Path(folder))
         search.progress = progress
         return search.run(jobs or os.cpu_count() or 1)
+
+
+def _check_device(profile: Profile) -> None:
+    if profile.kind == "cuda" and present_gpu() is None:
+        raise UnsupportedError(
+            f"candidates for {profile.name} are measured on a GPU; there is no NVIDIA GPU here, or no driver for it",
+            where=f"target {profile.name}",
+            hint="compile them here with --export FOLDER, measure there, and take the results over with --import",
+        )
 
 
 class _Search:
@@ -209,9 +220,12 @@ class _Search:
         candidates = self._built(space, kernels, builders)
         if not candidates:
             return
-        results = supervisor.measure({"threads": self._scope.threads, "candidates": candidates})
+        results = supervisor.measure(
+            {"device": device_of(self._profile), "threads": self._scope.threads, "candidates": candidates}
+        )
         self._trials += len(candidates)
-        self._database.add(records_of(self._scope, key, candidates, results, machine_name()))
+        machine = machine_name(device_of(self._profile))
+        self._database.add(records_of(self._scope, key, candidates, results, machine))
         self._tell(space)
 
     def _built(
@@ -249,6 +263,11 @@ class _Search:
             best=best,
             relative=known.get(identity(best)),
         )
+
+
+def device_of(profile: Profile) -> str:
+    """Where kernels for ``profile`` are measured, as :mod:`mmopt.autotune.measuring` calls it."""
+    return "cuda" if profile.kind == "cuda" else "cpu"
 
 
 def build_candidates(

@@ -142,7 +142,7 @@ def rows_of(kernels: Sequence[Mapping[str, Any]], timed: ModelTime | None, peaks
 def _row(kernel: Mapping[str, Any], time: KernelTime | None, model: ModelTime | None, peaks: Peaks | None) -> Row:
     calls = time.calls if time else int(kernel["calls"])
     predicted = None
-    if peaks and peaks.cycles and kernel.get("cycles") and not _open(kernel):
+    if peaks and peaks.cycles and kernel.get("cycles") and not (_open(kernel) or kernel.get("device")):
         predicted = calls * float(kernel["cycles"]) / (peaks.cycles * peaks.threads)
     if time is None or model is None:
         return Row(kernel, predicted=predicted)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import tvm_ffi
 
+from mmopt.backends.cpu.choosing import Chooser
 from mmopt.backends.cuda.pipeline import Generated, generate, with_device_code
 from mmopt.backends.profile import Profile, load_profile
 from mmopt.ir.module import Module
@@ -90,14 +91,20 @@ class Emulated:
         modules: The models by name; one is called ``main``.
         target: Name of a profile, or one.
         batched: Small kernels share launches.
+        chooser: Picks the parameters of kernels; by prediction when None.
     """
 
     def __init__(
-        self, modules: Module | Mapping[str, Module], target: str | Profile = "cuda-sm80", *, batched: bool = True
+        self,
+        modules: Module | Mapping[str, Module],
+        target: str | Profile = "cuda-sm80",
+        *,
+        batched: bool = True,
+        chooser: Chooser | None = None,
     ) -> None:
         self.modules = {"main": modules} if isinstance(modules, Module) else dict(modules)
         self.profile = load_profile(target) if isinstance(target, str) else target
-        self.builder = ProgramBuilder(self.profile)
+        self.builder = ProgramBuilder(self.profile, chooser)
         self.parts: dict[str, list[Part]] = {}
         for name, module in self.modules.items():
             self.parts[name] = partition(module, name, self.builder, CompileOptions())

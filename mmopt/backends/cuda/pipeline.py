@@ -187,6 +187,32 @@ def _device_modules(module: Any) -> list[Any]:
     return found + [inner for m in module.imports for inner in _device_modules(m)]
 
 
+def build_kernel(function: tirx.PrimFunc, profile: Profile) -> bytes:
+    """A shared library with one kernel, called ``kernel``, and its machine code.
+
+    Args:
+        function: The kernel: host code that launches, for tensors in a GPU's memory.
+        profile: A ``cuda`` profile.
+
+    Raises:
+        UserError: NVIDIA's compiler is not installed.
+        BackendError: Code generation, compiling or linking failed, or there are not registers enough.
+    """
+    target = target_of(profile)
+    with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True}), _source_only():
+        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+        executable = tvm.compile(module, target=target, tir_pipeline="mmopt-cuda")
+    sources = [m.inspect_source("cuda") for m in _device_modules(executable.mod)]
+    made = Generated(executable, sources[0] if sources else "", 0, {})
+    if not made.source:
+        return link(made, b"", profile)
+    compiled = compiled_kernels(made, profile.sm)
+    spilled = sum(taken.spills for taken in compiled.resources.values())
+    if spilled:
+        raise BackendError(f"{spilled} bytes do not find a register", where=f"target {profile.name}")
+    return link(made, fat_binary([compiled]), profile)
+
+
 def build_library(module: tvm.IRModule, profile: Profile, kernels: Sequence[str]) -> Library:
     """Compile ``module`` and link it, with a fat binary for ``profile`` inside.
 

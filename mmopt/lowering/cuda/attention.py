@@ -5,12 +5,14 @@ from __future__ import annotations
 from tvm.ir import Expr
 
 from mmopt.backends.compute import Map
+from mmopt.backends.cpu.choosing import Workload, dim
 from mmopt.backends.cpu.kernels.attention import Rules
 from mmopt.backends.cpu.loops import i64, static
-from mmopt.backends.cuda.kernels.attention import MASKS, Heads, TensorAttention, cut_of, repeated
+from mmopt.backends.cuda.kernels.attention import MASKS, Heads, TensorAttention, cut_candidates, cut_of, repeated
 from mmopt.backends.cuda.kernels.operand import Operand
 from mmopt.backends.cuda.kernels.product import OLDEST
 from mmopt.lowering.cuda.operands import stored_operand
+from mmopt.lowering.cuda.tiles import workload_of
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import NotLowered, Value
 
@@ -45,22 +47,42 @@ def tensor_attention(
         static(q.shape[3]) or 1,
         static(v.shape[3]) or 1,
     )
-    cut = cut_of(heads, q.dtype)
-    if cut is None:
+    if cut_of(heads, q.dtype) is None:
         raise NotLowered("heads are too large for the attention template")
+    program = node.context.program
+    workload = _workload(heads, q.dtype, mask, rules)
+    offered = cut_candidates(heads, q.dtype, program.profile)
+    best = program.chooser.choose(workload, [candidate for candidate, _ in offered])
     nest = TensorAttention(
         *(stored_operand(node, value) for value in operands),
         mask=None if mask is None else _mask(node, mask),
         heads=heads,
-        cut=cut,
+        cut=next(cut for candidate, cut in offered if candidate is best),
         scale=rules.scale,
         reach=_reach(rules),
         order=order,
     )
+    nest.workload = workload
     total, dtype = nest.output, q.dtype
     if dtype == "float32":
         return Value(total, name=node.name)
     return Value(Map(total.shape, dtype, lambda *at: total[at].astype(dtype), "narrow"), name=node.name)
+
+
+def _workload(heads: Heads, dtype: str, mask: Value | None, rules: Rules) -> Workload:
+    dims: dict[str, int | str] = {
+        "batch": dim(heads.batch),
+        "heads": heads.heads,
+        "kv_heads": heads.kv_heads,
+        "queries": dim(heads.queries),
+        "keys": dim(heads.keys),
+        "size": heads.size,
+        "values": heads.values,
+        "mask": "none" if mask is None else mask.dtype,
+        "causal": "yes" if rules.causal else "no",
+    }
+    sizes = dims["batch"], heads.heads, dims["queries"], dims["keys"], heads.size + heads.values
+    return workload_of("tensor_attention", dims, (dtype,), sizes)
 
 
 def _reach(rules: Rules) -> Expr | None:

@@ -6,13 +6,14 @@ import numpy as np
 from tvm.ir import Expr
 
 from mmopt.backends.compute import Map, Tensor
-from mmopt.backends.cpu.choosing import dim
+from mmopt.backends.cpu.choosing import Workload, dim
 from mmopt.backends.cpu.loops import i64, product, static
 from mmopt.backends.cuda.kernels.convolution import TensorConvolution
 from mmopt.backends.cuda.kernels.operand import CHUNK
-from mmopt.backends.cuda.kernels.product import KINDS, OLDEST, choose_tile
+from mmopt.backends.cuda.kernels.product import KINDS, OLDEST
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.lowering.cuda.products import no_zero, single
+from mmopt.lowering.cuda.tiles import chosen_tile, workload_of
 from mmopt.lowering.ops.conv import Geometry
 from mmopt.lowering.ops.conv_narrow import known_widened
 from mmopt.lowering.registry import OpNode
@@ -65,16 +66,36 @@ def _total(node: OpNode, x: Value, w: Value, shape: Geometry, fill: Expr | None)
 
     space = shape.window.output(shape.padded_extents(x.shape[2:]))
     pixels = simplify(product((x.shape[0], *space)))
-    return TensorConvolution(
+    sizes = channels, dim(pixels), depth
+    workload = _workload(x, w, shape, sizes)
+    nest = TensorConvolution(
         context.dense(x),
         context.program.packed(w, ("filter rows", each), pack),
         depth=depth,
         window=shape.window,
         before=shape.begin,
         space=space,
-        tile=choose_tile(channels, dim(pixels), 1, context.program.profile.cores, x.dtype),
+        tile=chosen_tile(context.program, workload, sizes, 1, x.dtype),
         fill=fill,
-    ).output
+    )
+    nest.workload = workload
+    return nest.output
+
+
+def _workload(x: Value, w: Value, shape: Geometry, sizes: tuple[int, int | str, int]) -> Workload:
+    channels, pixels, depth = sizes
+    space = "x".join(str(dim(extent)) for extent in x.shape[2:])
+    dims = {
+        "n": dim(x.shape[0]),
+        "c": dim(x.shape[1]),
+        "o": channels,
+        "space": "?" if "?" in space else space,
+        "kernel": "x".join(map(str, shape.window.kernel)),
+        "strides": "x".join(map(str, shape.window.strides)),
+        "dilations": "x".join(map(str, shape.window.dilations)),
+        "pixels": pixels,
+    }
+    return workload_of("tensor_convolution", dims, (x.dtype, w.dtype), (channels, pixels, depth))
 
 
 def _finished(node: OpNode, total: Tensor, bias: Value | None, dtype: str) -> Value:

@@ -11,9 +11,10 @@ from mmopt.backends.compute import Map, Tensor, index
 from mmopt.backends.cpu.choosing import dim
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.cuda.kernels.operand import Operand
-from mmopt.backends.cuda.kernels.product import OLDEST, TensorProduct, choose_tile
+from mmopt.backends.cuda.kernels.product import OLDEST, TensorProduct, reading
 from mmopt.backends.expressions import simplify
 from mmopt.lowering.cuda.operands import batched_operand, in_memory, turned
+from mmopt.lowering.cuda.tiles import chosen_tile, workload_of
 from mmopt.lowering.cuda.weights import FLOATS, few_rows, float_rows, weight_only_product
 from mmopt.lowering.ops.elementwise import broadcast_shape
 from mmopt.lowering.registry import OpNode
@@ -82,11 +83,14 @@ def _total(node: OpNode, a: Value, b: Value) -> Tensor:
     else:
         right = turned(batched_operand(node, b, batch))
     sizes = rows, b.shape[-1], a.shape[-1]
-    multiprocessors = context.program.profile.cores
-    extents = dim(rows), dim(b.shape[-1]), dim(simplify(product(batch)))
-    tile = choose_tile(*extents, multiprocessors, a.dtype)
-    shape = a.shape[:-1] if flat else None
-    return TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=shape).output
+    m, n, k, count = map(dim, (*sizes, simplify(product(batch))))
+    read = reading(left, right, len(batch), a.shape[-1])
+    dims = {"batch": count, "m": m, "n": n, "k": k, "read": read}
+    workload = workload_of("tensor_product", dims, (left.source.dtype, right.source.dtype), (count, m, n, k))
+    tile = chosen_tile(context.program, workload, (m, n, k), count, a.dtype)
+    nest = TensorProduct(left, right, batch=batch, sizes=sizes, tile=tile, shape=a.shape[:-1] if flat else None)
+    nest.workload = workload
+    return nest.output
 
 
 # -- integers ----------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import numpy as np
 from tvm.ir import Expr
 
 from mmopt.backends.compute import Map, Source, Tensor
-from mmopt.backends.cpu.choosing import dim
+from mmopt.backends.cpu.choosing import Workload, dim
 from mmopt.backends.cpu.loops import i64, product, static
 from mmopt.backends.cuda.kernels.operand import CHUNK, Operand
-from mmopt.backends.cuda.kernels.product import OLDEST, choose_tile
-from mmopt.backends.cuda.kernels.weights import DequantizedProduct, FewRows, WeightRows, few
+from mmopt.backends.cuda.kernels.product import OLDEST
+from mmopt.backends.cuda.kernels.weights import DequantizedProduct, FewRows, WeightRows, columns_candidates, few
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.lowering.cuda.operands import in_memory, stored_operand
+from mmopt.lowering.cuda.tiles import chosen_tile, workload_of
 from mmopt.lowering.ops.weight_only import Parts, taken_apart
 from mmopt.lowering.registry import OpNode
 from mmopt.lowering.values import Quantized, Value
@@ -86,9 +87,23 @@ def _total(node: OpNode, a: Value, weights: WeightRows, extents: tuple[int, ...]
     profile = context.program.profile
     if profile.sm < OLDEST[a.dtype]:
         return None
-    tile = choose_tile(dim(rows), columns, 1, profile.cores, a.dtype)
-    sizes = rows, i64(columns), i64(depth)
-    return DequantizedProduct(left, weights, sizes=sizes, tile=tile, shape=a.shape[:-1]).output
+    sizes = dim(rows), columns, depth
+    read = "rows" if left.aligned(1, i64(depth)) else "any"
+    workload = _workload("dequantized_product", sizes, left, weights, read)
+    tile = chosen_tile(context.program, workload, sizes, 1, a.dtype)
+    extents = rows, i64(columns), i64(depth)
+    nest = DequantizedProduct(left, weights, sizes=extents, tile=tile, shape=a.shape[:-1])
+    nest.workload = workload
+    return nest.output
+
+
+def _workload(
+    template: str, sizes: tuple[int | str, ...], left: Operand, weights: WeightRows, read: str = "rows"
+) -> Workload:
+    m, n, k = sizes
+    zeros = "none" if weights.bits == 0 else "one" if weights.zeros is None else "many"
+    dims = {"m": m, "n": n, "k": k, "bits": weights.bits, "group": weights.group, "zeros": zeros, "read": read}
+    return workload_of(template, dims, (left.source.dtype, weights.data.dtype), sizes)
 
 
 def few_rows(node: OpNode, left: Operand, weights: WeightRows, shape: tuple[Expr, ...], columns: int) -> Tensor | None:
@@ -110,9 +125,14 @@ def few_rows(node: OpNode, left: Operand, weights: WeightRows, shape: tuple[Expr
         return None
     if kind == "bfloat16" and profile.sm < OLDEST[kind]:
         return None
-    return FewRows(
-        left, weights, rows=count, sizes=(columns, depth), shape=shape[:-1], multiprocessors=profile.cores
-    ).output
+    extents = count, columns, dim(depth)
+    workload = _workload("few_rows", extents, left, weights)
+    offered = columns_candidates(count, extents[1:], weights.bits or itemsize(kind) * 8, profile)
+    best = node.context.program.chooser.choose(workload, offered)
+    sizes = columns, depth
+    nest = FewRows(left, weights, rows=count, sizes=sizes, shape=shape[:-1], columns=best.number("columns"))
+    nest.workload = workload
+    return nest.output
 
 
 def _rows_of(node: OpNode, known: Quantized, parts: Parts, group: int) -> WeightRows:

@@ -12,21 +12,25 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink
+from mmopt.backends.cpu.choosing import Candidate, dim, typical
 from mmopt.backends.cpu.loops import i64, static, when
 from mmopt.backends.cuda.kernels.operand import CHUNK, Operand
 from mmopt.backends.cuda.kernels.product import (
     KINDS,
     ROW_BYTES,
     STATIC_SHARED,
+    UNPREDICTED,
     Tile,
     as_int,
     call,
+    multiplied,
     pointer,
     tile_statement,
 )
 from mmopt.backends.cuda.launching import unless_empty
 from mmopt.backends.cuda.threads import launch
 from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.profile import Profile
 
 QUERIES = 64
 """Queries of a block."""
@@ -83,15 +87,41 @@ class Cut:
 
 def cut_of(heads: Heads, dtype: str) -> Cut | None:
     """The cut with the longest tile of keys that fits; None for heads that are too large."""
+    return next(iter(_cuts(heads, dtype, (64, 32) if itemsize(dtype) == 2 else (32,))), None)
+
+
+def _cuts(heads: Heads, dtype: str, keys: Sequence[int]) -> list[Cut]:
+    """Cuts with tiles of so many keys that fit."""
     size = itemsize(dtype)
     panels, columns = -(-heads.size * size // ROW_BYTES), -(-heads.values // 16) * 2
     if columns > (16 if size == 2 else 12):
-        return None
-    for keys in (64, 32):
-        cut = Cut(panels, columns, keys)
-        if cut.shared(size) <= STATIC_SHARED and (size == 2 or keys == 32):
-            return cut
-    return None
+        return []
+    return [cut for n in keys if (cut := Cut(panels, columns, n)).shared(size) <= STATIC_SHARED]
+
+
+def cut_candidates(heads: Heads, dtype: str, profile: Profile) -> list[tuple[Candidate, Cut]]:
+    """The cuts there are for an attention, with the cycles they are predicted to take; :func:`cut_of`'s is first.
+
+    Args:
+        heads: Extents; with a cut.
+        dtype: Of the operands.
+        profile: A ``cuda`` profile.
+    """
+    first = cut_of(heads, dtype)
+    assert first is not None
+    tiles = (16, 32, 64, 128) if itemsize(dtype) == 4 else (32, 64, 128)
+    others = [cut for cut in _cuts(heads, dtype, tiles) if cut != first]
+    queries, keys = -(-typical(dim(heads.queries)) // QUERIES) * QUERIES, typical(dim(heads.keys))
+    blocks = typical(dim(heads.batch), 1) * heads.heads * queries // QUERIES
+    rate = multiplied(dtype, profile)
+
+    def cycles(cut: Cut) -> float:
+        work = QUERIES * -(-keys // cut.keys) * cut.keys * (heads.size + heads.values)
+        return -(-blocks // profile.cores) * work / rate
+
+    least = cycles(first)
+    made = [(Candidate({"keys": first.keys}, least), first)]
+    return made + [(Candidate({"keys": c.keys}, max(cycles(c), UNPREDICTED * least)), c) for c in others]
 
 
 class TensorAttention(LoopNest):

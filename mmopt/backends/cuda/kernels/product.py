@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tvm import tirx
@@ -16,12 +16,13 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink
-from mmopt.backends.cpu.choosing import typical
+from mmopt.backends.cpu.choosing import Candidate, Parameter, typical
 from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, when
 from mmopt.backends.cuda.kernels.operand import Operand
 from mmopt.backends.cuda.launching import unless_empty
 from mmopt.backends.cuda.threads import WARP, each, launch, shared
 from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.profile import Profile
 
 ROW_BYTES = 64
 """Bytes of the summed axis that a tile holds."""
@@ -84,6 +85,16 @@ class Tile:
             rows //= 2
         return rows
 
+    @property
+    def choice(self) -> Mapping[str, Parameter]:
+        """What tells it from others, for tuning."""
+        return {
+            "rows": self.rows,
+            "columns": self.columns,
+            "warps": f"{self.wm}x{self.wn}",
+            "stages": self.stages,
+        }
+
     def parameters(self, left: str, right: str) -> str:
         """Arguments of the template in C++, for operands of two types."""
         return f"{KINDS[left, right]}, {self.wm}, {self.wn}, {self.mt}, {self.nt}, {self.stages}"
@@ -99,6 +110,43 @@ TILES = (
 """128 × 128, 128 × 64, 64 × 64, 32 × 64 and 16 × 64 results."""
 
 
+OTHERS = (
+    Tile(2, 4, 4, 4, 2, 1.0),
+    Tile(4, 4, 2, 4, 3, 1.0),
+    Tile(4, 4, 2, 4, 2, 1.0),
+    Tile(2, 2, 4, 4, 2, 0.9),
+    Tile(2, 2, 4, 4, 4, 0.9),
+    Tile(4, 2, 2, 4, 3, 0.85),
+    Tile(1, 4, 4, 4, 3, 0.9),
+    Tile(2, 4, 2, 4, 3, 0.85),
+    Tile(2, 4, 2, 4, 4, 0.85),
+    Tile(2, 2, 2, 4, 3, 0.7),
+    Tile(2, 2, 2, 4, 6, 0.7),
+    Tile(4, 2, 1, 4, 4, 0.65),
+    Tile(1, 4, 2, 4, 4, 0.6),
+    Tile(2, 2, 1, 4, 3, 0.5),
+    Tile(2, 2, 1, 4, 6, 0.5),
+    Tile(1, 4, 1, 4, 4, 0.45),
+    Tile(1, 4, 1, 2, 3, 0.35),
+    Tile(1, 4, 1, 2, 6, 0.35),
+    Tile(1, 2, 1, 2, 6, 0.25),
+)
+"""Further tiles, for those who measure: up to 128 × 128 results, down to 16 × 32, with fewer stages or more of them, or
+with other shares of the warps. Their efficiencies are guesses, so that none is taken unmeasured."""
+
+RATES = {75: 512, 80: 1024, 86: 512, 87: 512, 89: 512, 90: 1024}
+"""Products of halves and sums that the tensor cores of a multiprocessor do in a cycle, by ``mma.sync``."""
+
+_SHARES = {"float32": 1 / 6, "int8": 2.0, "uint8": 2.0}
+"""The same of other types, as a multiple: floats take three products at half the rate."""
+
+UNPREDICTED = 1.01
+"""Cycles that are said of what is not to be taken unmeasured, by those of what is predicted to be best, at least."""
+
+_ASIDE = 56
+"""Registers of a thread besides its sums, at least: addresses, and what it multiplies next."""
+
+
 def choose_tile(rows: int | str, columns: int | str, batch: int | str, multiprocessors: int, kind: str) -> Tile:
     """The tile with the least predicted time: rounds of blocks over all multiprocessors, by what a block takes.
 
@@ -109,16 +157,58 @@ def choose_tile(rows: int | str, columns: int | str, batch: int | str, multiproc
         multiprocessors: Of the GPU.
         kind: Type of the operands. The parts of floats take registers, which larger tiles would not leave.
     """
+    fitting = [tile for tile in TILES if _leaves_registers(tile, kind)] or list(TILES)
+    return min(fitting, key=lambda tile: _time(tile, (rows, columns), batch, multiprocessors))
 
-    def time(tile: Tile) -> float:
-        blocks = typical(batch, 1) * math.prod(
-            -(-typical(n, 256) // size) for n, size in ((rows, tile.rows), (columns, tile.columns))
-        )
-        return -(-blocks // multiprocessors) * tile.rows * tile.columns / tile.efficiency
 
-    most = 16 if kind != "float32" else 8
-    fitting = [tile for tile in TILES if tile.mt * tile.nt <= most] or list(TILES)
-    return min(fitting, key=time)
+def _time(tile: Tile, extents: tuple[int | str, int | str], batch: int | str, multiprocessors: int) -> float:
+    sizes = zip(extents, (tile.rows, tile.columns), strict=True)
+    blocks = typical(batch, 1) * math.prod(-(-typical(n, 256) // size) for n, size in sizes)
+    return -(-blocks // multiprocessors) * tile.rows * tile.columns / tile.efficiency
+
+
+def _leaves_registers(tile: Tile, kind: str) -> bool:
+    return tile.mt * tile.nt <= (16 if kind != "float32" else 8)
+
+
+def fits(tile: Tile, kind: str, profile: Profile) -> bool:
+    """Whether a block finds shared memory and registers; whether the compiler spills is known when it has compiled."""
+    registers = tile.threads * (tile.mt * tile.nt * 4 + _ASIDE)
+    return (
+        _leaves_registers(tile, kind)
+        and tile.shared <= min(STATIC_SHARED, profile.shared_bytes)
+        and registers <= profile.multiprocessor_registers
+    )
+
+
+def multiplied(kind: str, profile: Profile) -> float:
+    """Products and sums that the tensor cores of a multiprocessor do in a cycle."""
+    return next(r for sm, r in sorted(RATES.items(), reverse=True) if sm <= profile.sm) * _SHARES.get(kind, 1.0)
+
+
+def tile_candidates(
+    sizes: tuple[int | str, int | str, int | str], batch: int | str, kind: str, profile: Profile
+) -> list[tuple[Candidate, Tile]]:
+    """The tiles there are for a product, with the cycles they are predicted to take; :func:`choose_tile`'s is first.
+
+    Args:
+        sizes: M, N and K, or their names.
+        batch: Number of products, or its name.
+        kind: Type of the operands.
+        profile: A ``cuda`` profile.
+    """
+    rows, columns, depth = sizes
+    rate = multiplied(kind, profile)
+
+    def cycles(tile: Tile) -> float:
+        return _time(tile, (rows, columns), batch, profile.cores) * typical(depth, 256) / rate
+
+    first = choose_tile(rows, columns, batch, profile.cores, kind)
+    least = cycles(first)
+    known = [first, *(tile for tile in TILES if tile != first and fits(tile, kind, profile))]
+    others = [tile for tile in OTHERS if fits(tile, kind, profile)]
+    made = [(Candidate(tile.choice, cycles(tile)), tile) for tile in known]
+    return made + [(Candidate(tile.choice, max(cycles(tile), UNPREDICTED * least)), tile) for tile in others]
 
 
 class TensorProduct(LoopNest):
@@ -185,13 +275,14 @@ class TensorProduct(LoopNest):
         left, right = (pointer(kernel, o, (*at, first)) for o, first in ((a, row), (b, column)))
         ends = [as_int(self.m - row), as_int(self.n - column), as_int(self.k)]
         steps = {"a": a.strides[axes:], "b": b.strides[axes:]}
-        if a.aligned(axes + 1, self.k) and b.aligned(axes + 1, self.k):
-            name, given = "mmopt_rows_by_rows", [steps["a"][0], steps["b"][0]]
-        elif a.aligned(axes + 1, self.k):
-            name, given = "mmopt_rows_by_any", [steps["a"][0], *steps["b"]]
+        name = reading(a, b, axes, self.k)
+        if name == "rows_by_rows":
+            given = [steps["a"][0], steps["b"][0]]
+        elif name == "rows_by_any":
+            given = [steps["a"][0], *steps["b"]]
         else:
-            name, given = "mmopt_any_by_any", [*steps["a"], *steps["b"]]
-        function = f"{name}<{self.tile.parameters(self.kind, self.b.source.dtype)}>"
+            given = [*steps["a"], *steps["b"]]
+        function = f"mmopt_{name}<{self.tile.parameters(self.kind, self.b.source.dtype)}>"
         return call(function, total, memory, left, right, *given, *ends)
 
 
@@ -228,6 +319,21 @@ def tile_statement(
         multiply(total.data, memory.data),
         loop(tile.rows // rows, deliver, name="part"),
     )
+
+
+def reading(a: Operand, b: Operand, axes: int, depth: Expr) -> str:
+    """Which operands of a product are copied in chunks: ``rows_by_rows``, ``rows_by_any``, ``any_by_any``.
+
+    Args:
+        a: Left operand, with all axes of the batch or without missing ones.
+        b: Right operand, as ``a``.
+        axes: Axes of the batch.
+        depth: K.
+    """
+    a, b = _repeated(a, axes), _repeated(b, axes)
+    if not a.aligned(axes + 1, depth):
+        return "any_by_any"
+    return "rows_by_rows" if b.aligned(axes + 1, depth) else "rows_by_any"
 
 
 def _repeated(operand: Operand, axes: int) -> Operand:

@@ -11,17 +11,25 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Source
+from mmopt.backends.cpu.choosing import Candidate, typical
 from mmopt.backends.cpu.loops import i64, keep, product, seq, split_index, static, when
 from mmopt.backends.cuda.kernels.operand import CHUNK, Operand
-from mmopt.backends.cuda.kernels.product import KINDS, TensorProduct, Tile, as_int, call, pointer
+from mmopt.backends.cuda.kernels.product import KINDS, UNPREDICTED, TensorProduct, Tile, as_int, call, pointer
 from mmopt.backends.cuda.threads import WARP, each, launch, shared
 from mmopt.backends.expressions import itemsize, simplify
+from mmopt.backends.profile import Profile
 
 FEW = 8
 """Rows up to which a product takes as long as reading its weights."""
 
 WARPS = 4
 """Warps of a block of few rows."""
+
+MOST_SUMS = 16
+"""Rows times columns that a warp sums at most."""
+
+READ = 10
+"""Bytes of memory that a multiprocessor reads in a cycle, when all do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +131,7 @@ class FewRows(LoopNest):
         rows: M.
         sizes: N and K.
         shape: Axes of the result that its rows are split into.
-        multiprocessors: Of the GPU.
+        columns: Columns that a warp sums; see :func:`columns_candidates`.
     """
 
     name = "few_rows"
@@ -136,14 +144,13 @@ class FewRows(LoopNest):
         rows: int,
         sizes: tuple[int, Expr],
         shape: Sequence[Expr],
-        multiprocessors: int,
+        columns: int,
     ) -> None:
         super().__init__()
         self.a, self.weights, self.rows, self.shape = a, weights, rows, tuple(shape)
         self.n, self.k = sizes
         self.inputs = tuple(dict.fromkeys((a.source, *weights.sources)))
-        fitting = [c for c in (4, 2, 1) if self.n >= WARPS * c * 2 * multiprocessors and rows * c <= 16]
-        self.columns = fitting[0] if fitting else 1
+        self.columns = columns
         self.output = self.result((*self.shape, i64(self.n)), "float32", "product")
 
     def parameters(self) -> dict[str, object]:
@@ -185,6 +192,22 @@ class FewRows(LoopNest):
         steps = [self.a.strides[0], weights.stride]
         sizes = [as_int(self.n - column), as_int(self.k)]
         return call(function, memory, *pointers, *steps, *weights.numbers(), *sizes)
+
+
+def columns_candidates(rows: int, sizes: tuple[int, int | str], bits: int, profile: Profile) -> list[Candidate]:
+    """How many columns a warp may sum: as many as leave two blocks for every multiprocessor are predicted to be best.
+
+    Args:
+        rows: M.
+        sizes: N and K, or its name.
+        bits: Of a weight.
+        profile: A ``cuda`` profile.
+    """
+    n, depth = sizes
+    cycles = n * typical(depth) * bits / 8 / (READ * profile.cores)
+    offered = [c for c in (4, 2, 1) if rows * c <= MOST_SUMS]
+    best = next((c for c in offered if n >= WARPS * c * 2 * profile.cores), 1)
+    return [Candidate({"columns": c}, cycles * (1.0 if c == best else UNPREDICTED)) for c in offered]
 
 
 def few(rows: Sequence[Expr]) -> int | None:
