@@ -26,6 +26,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -165,7 +166,7 @@ class Memory:
     """Arguments of kernels. Weights are pieces of one large area; every call gets the next ones.
 
     Attributes:
-        sticky: Whether an error of one kernel makes all that come later fail.
+        sticky: Whether an error of one kernel makes all that come later fail, and rows of calls are recorded: a GPU.
     """
 
     sticky = False
@@ -178,6 +179,16 @@ class Memory:
 
     def wait(self) -> None:
         """Until all kernels that were called are done."""
+
+    def row(self, function: Any, lists: Iterator[list[Any]], repeats: int) -> Callable[[], None]:
+        """What calls ``function`` so often, with the next arguments each time."""
+        todo = list(itertools.islice(lists, repeats))
+
+        def run() -> None:
+            for arguments in todo:
+                function(*arguments)
+
+        return run
 
     @staticmethod
     def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -232,42 +243,106 @@ class Memory:
         return argument["symbol"] if "symbol" in argument else self.alone(argument)
 
 
+class Recorder:
+    """Records what is launched on a stream of its own, to repeat it by one call of the driver.
+
+    Args:
+        library: ``libcudart``.
+    """
+
+    def __init__(self, library: Any) -> None:
+        self.library = library
+        library.cudaGetErrorString.restype = ctypes.c_char_p
+        stream = ctypes.c_void_p()
+        self.call("cudaStreamCreate", ctypes.byref(stream))
+        self.stream = stream.value or 0
+
+    def call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self.library, name)(*arguments)
+        if code:
+            raise RuntimeError(f"{name} failed: {self.library.cudaGetErrorString(code).decode()}")
+
+    def record(self, launch: Callable[[], None]) -> ctypes.c_void_p:
+        """A graph, ready to run, of what ``launch`` launches; nothing runs meanwhile."""
+        graph, runnable = ctypes.c_void_p(), ctypes.c_void_p()
+        self.call("cudaStreamBeginCapture", ctypes.c_void_p(self.stream), 2)  # cudaStreamCaptureModeRelaxed
+        try:
+            launch()
+        finally:
+            self.call("cudaStreamEndCapture", ctypes.c_void_p(self.stream), ctypes.byref(graph))
+        try:
+            self.call("cudaGraphInstantiate", ctypes.byref(runnable), graph, ctypes.c_ulonglong(0))
+        finally:
+            self.library.cudaGraphDestroy(graph)
+        return runnable
+
+    def run(self, runnable: ctypes.c_void_p) -> None:
+        self.call("cudaGraphLaunch", runnable, ctypes.c_void_p(self.stream))
+
+
 class DeviceMemory(Memory):
-    """As :class:`Memory`, on a GPU. Copies of weights together are twice as large as its cache."""
+    """As :class:`Memory`, on a GPU. Copies of weights together are twice as large as its cache.
+
+    Rows of calls are recorded and repeated, so that a short kernel does not seem to take as long as launching it.
+
+    Args:
+        ffi: ``tvm_ffi``.
+        library: ``libcudart``.
+        device: The GPU.
+    """
 
     sticky = True
 
-    def __init__(self, ffi: Any) -> None:
-        self.ffi = ffi
-        self.device = ffi.device("cuda", 0)
+    def __init__(self, ffi: Any, library: Any, device: Any) -> None:
+        self.ffi, self.device = ffi, device
         self.view = ffi.get_global_func("runtime.TVMTensorCreateView")
         self.allocate = ffi.get_global_func("runtime.TVMTensorAllocWithScope")
         self.copy = ffi.get_global_func("runtime.TVMTensorCopyFromTo")
         self.synchronize = ffi.get_global_func("runtime.Device_StreamSync")
         self.cold = min(max(2 * Gpu().l2_bytes, 64 << 20), 512 << 20)
+        self.recorder: Recorder | None = Recorder(library)
 
     def wait(self) -> None:
         self.synchronize(self.device, 0)
+        if self.recorder is not None:
+            self.synchronize(self.device, self.recorder.stream)
+
+    def row(self, function: Any, lists: Iterator[list[Any]], repeats: int) -> Callable[[], None]:
+        launch = super().row(function, lists, repeats)
+        recorder = self.recorder
+        if recorder is None or repeats == 1:
+            return launch
+        try:
+            with self.ffi.use_raw_stream(self.device, recorder.stream):
+                runnable = recorder.record(launch)
+        except RuntimeError as error:
+            print(f"calls are launched one by one: {error}", file=sys.stderr, flush=True)
+            self.recorder = None
+            return launch
+
+        def run(arguments: Any = launch) -> None:  # which keeps the memory that was recorded
+            recorder.run(runnable)
+
+        weakref.finalize(run, recorder.library.cudaGraphExecDestroy, runnable).atexit = False
+        return run
 
     def alone(self, argument: Task) -> Any:
         """As on a CPU, copied to the GPU."""
-        here = super().alone(argument)
-        there = self.allocate(self.ffi.Shape(list(argument["shape"])), here.dtype, self.device, None)
-        if nbytes_of(argument):
+        return self._there(super().alone(argument))
+
+    def _there(self, here: Any) -> Any:
+        there = self.allocate(self.ffi.Shape([int(d) for d in here.shape]), here.dtype, self.device, None)
+        if 0 not in tuple(here.shape):
             self.copy(here, there)
-            self.wait()  # the memory it was in is not kept
+            self.wait()  # the memory it was in may not be kept
         return there
 
     def calls(self, arguments: Sequence[Task]) -> Iterator[list[Any]]:
-        weights = [(n, a) for n, a in enumerate(arguments) if a.get("role") == "weight"]
-        total = sum(nbytes_of(a) for _, a in weights)
-        fixed = [None if a.get("role") == "weight" else self._fixed(a) for a in arguments]
-        lists = []
-        for _ in range(max(1, min(_MOST_COPIES, self.cold // total)) if total else 1):
-            made = list(fixed)
-            for position, argument in weights:
-                made[position] = self.alone(argument)
-            lists.append(made)
+        weights = {n: Memory.alone(self, a) for n, a in enumerate(arguments) if a.get("role") == "weight"}
+        total = sum(nbytes_of(arguments[n]) for n in weights)
+        fixed = [None if n in weights else self._fixed(a) for n, a in enumerate(arguments)]
+        copies = max(1, min(_MOST_COPIES, self.cold // total)) if total else 1
+        lists = [[self._there(weights[n]) if n in weights else v for n, v in enumerate(fixed)] for _ in range(copies)]
         return itertools.cycle(lists)
 
 
@@ -282,6 +357,7 @@ class Candidate:
 
     def __init__(self, memory: Memory, folder: str | os.PathLike[str], kernels: Sequence[Task]) -> None:
         self.memory = memory
+        self.rows: dict[tuple[int, int], Callable[[], None]] = {}
         self.kernels: list[tuple[Any, Iterator[list[Any]], int]] = []
         for kernel in kernels:
             function = memory.ffi.load_module(str(pathlib.Path(folder, kernel["library"])))[kernel["function"]]
@@ -292,21 +368,23 @@ class Candidate:
     def warm_up(self) -> None:
         spent = 0.0
         for _ in range(3):
-            spent = sum(self._mean(function, lists, 1) for function, lists, _ in self.kernels)
+            spent = sum(self._mean(number, 1) for number in range(len(self.kernels)))
         self.repeats = max(1, min(2000, int(TURN_SECONDS / max(spent, 1e-7))))
 
     def turn(self) -> None:
         """Mean seconds of a call, kernels weighted by their number of calls in the model."""
         total = sum(calls for _, _, calls in self.kernels)
-        spent = sum(calls * self._mean(function, lists, self.repeats) for function, lists, calls in self.kernels)
+        spent = sum(calls * self._mean(n, self.repeats) for n, (_, _, calls) in enumerate(self.kernels))
         self.means.append(spent / total)
 
-    def _mean(self, function: Any, lists: Iterator[list[Any]], repeats: int) -> float:
-        todo = list(itertools.islice(lists, repeats))
+    def _mean(self, number: int, repeats: int) -> float:
+        function, lists, _ = self.kernels[number]
+        run = self.rows.get((number, repeats)) or self.memory.row(function, lists, repeats)
+        if self.memory.sticky:  # what is recorded is kept
+            self.rows[number, repeats] = run
         self.memory.wait()
         begun = time.perf_counter()
-        for arguments in todo:
-            function(*arguments)
+        run()
         self.memory.wait()
         return (time.perf_counter() - begun) / repeats
 
@@ -330,7 +408,10 @@ class Measurer:
         if device not in self.memories:
             if device == "cuda":
                 load_cuda_runtime(self.ffi, self.runtime)
-            self.memories[device] = (DeviceMemory if device == "cuda" else Memory)(self.ffi)
+                made: Memory = DeviceMemory(self.ffi, ctypes.CDLL("libcudart.so.13"), self.ffi.device("cuda", 0))
+            else:
+                made = Memory(self.ffi)
+            self.memories[device] = made
         return self.memories[device]
 
     def measure(self, task: Task, tell: Callable[[int], None]) -> list[Result]:
@@ -473,7 +554,9 @@ def measure_folder(folder: pathlib.Path, runtime: pathlib.Path | None, output: p
     if why := refusal(meta["target"]):
         raise SystemExit(why)
     device = "cuda" if meta["target"].get("kind") == "cuda" else "cpu"
-    threads = 0 if device == "cuda" else threads
+    if device == "cuda":
+        threads = 0
+        load_cuda_runtime(load_runtime(runtime), runtime)  # what is missing here would look like bad candidates later
     done: set[int] = set()
     if output.exists():
         for line in output.read_text(encoding="utf-8").splitlines():

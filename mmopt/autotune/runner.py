@@ -19,6 +19,7 @@ from mmopt.backends.profile import Profile
 from mmopt.errors import UnsupportedError, UserError
 from mmopt.ir.module import Module
 from mmopt.runtime.cpu import check_target, default_threads
+from mmopt.runtime.device import load_cuda_runtime
 from mmopt.runtime.gpu import present_gpu
 
 MINUTES = 5.0
@@ -123,7 +124,7 @@ def tune(
 
     Args:
         modules: Entry points by name, as they are compiled.
-        profile: What to compile for; must fit this machine.
+        profile: What to compile for; must fit this machine, and its GPU.
         database: Where results are kept.
         budget: When to stop.
         threads: Threads of the kernels; one per core when None.
@@ -131,7 +132,8 @@ def tune(
         progress: Told candidates measured, candidates to measure (as far as known), and the best so far.
 
     Raises:
-        UnsupportedError: The target is not this machine.
+        UnsupportedError: The target is not this machine, or a GPU that is not there.
+        BackendError: What a GPU needs besides is not installed.
     """
     _check_device(profile)
     check_target(profile.to_dict(), where=f"target {profile.name}")
@@ -142,12 +144,15 @@ def tune(
 
 
 def _check_device(profile: Profile) -> None:
-    if profile.kind == "cuda" and present_gpu() is None:
+    if profile.kind != "cuda":
+        return
+    if present_gpu() is None:
         raise UnsupportedError(
             f"candidates for {profile.name} are measured on a GPU; there is no NVIDIA GPU here, or no driver for it",
             where=f"target {profile.name}",
             hint="compile them here with --export FOLDER, measure there, and take the results over with --import",
         )
+    load_cuda_runtime()  # what is missing here would look like bad candidates later
 
 
 class _Search:

@@ -5,7 +5,9 @@ Nothing here measures; that takes a GPU.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
@@ -16,8 +18,10 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+import tvm
 
 import mmopt
+from mmopt.autotune import measuring
 from mmopt.autotune.build import compile_kernel
 from mmopt.autotune.database import Database, Scope, identity, kernel_version
 from mmopt.autotune.lowered import LoweredModel
@@ -26,12 +30,14 @@ from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload
 from mmopt.backends.cuda.kernels import product
 from mmopt.backends.cuda.kernels.product import OTHERS, STATIC_SHARED, TILES, choose_tile, fits, tile_candidates
 from mmopt.backends.cuda.kernels.weights import columns_candidates
+from mmopt.backends.cuda.pipeline import generate_kernel
 from mmopt.backends.profile import load_profile
 from mmopt.cli import main
 from mmopt.errors import BackendError, UnsupportedError
 from mmopt.lowering.compiler import compile_module
 from mmopt.runtime.gpu import present_gpu
-from tests.cuda_emulator import Emulated, available
+from mmopt.runtime.libraries import load_runtime
+from tests.cuda_emulator import Emulated, available, kernels_library
 from tests.operators import example, numbers
 from tests.programs import Example, assert_close, grouped
 from tests.unit.test_cuda_artifact import FAT_BINARY, architectures
@@ -146,6 +152,73 @@ def test_few_rows_give_the_same_bits_and_attention_the_same_numbers() -> None:
     heads = attention((1, 2, 70, 32), (1, 2, 100, 32), causal=True)
     for answer in answers(heads, range(3)):
         assert_close(answer, heads.expected()[0], 1e-5)
+
+
+# -- how calls are got ready; the emulator's own memory and graphs take the place of a GPU's -------------------------
+
+
+@emulated
+def test_recorded_calls_read_other_weights_each_time_and_do_all_their_work(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = with_weight(example("y = MatMul (x, w)", {"x": numbers(16, 32), "w": numbers(32, 20, seed=1)}))
+    profile = load_profile("cuda-sm80")
+    model = LoweredModel({"main": mmopt.Module(ir.from_proto(case.model))}, profile)
+    ((key, space),) = model.spaces.items()
+    (code,) = model.kernels(key, space.predicted.parameters)
+    made = generate_kernel(tvm.ir.load_json(code.function), profile, emulated=True)
+    host = made.executable.mod
+    host.clear_imports()
+    host.import_module(kernels_library(made.source, tmp_path))
+    monkeypatch.setattr(measuring, "_MOST_COPIES", 3)
+    ffi = load_runtime([])
+    memory = measuring.DeviceMemory(ffi, ctypes.CDLL(str(tmp_path / "kernels.so")), ffi.device("cpu", 0))
+    lists = memory.calls(code.arguments)
+    seen = list(itertools.islice(lists, 4))
+    assert len({arguments[1].data_ptr() for arguments in seen}) == 3  # the fourth call has the weights of the first
+    assert len({arguments[0].data_ptr() for arguments in seen}) == 1
+    x, w, y = (np.from_dlpack(tensor) for tensor in seen[0])
+    launched = []
+
+    def kernel(*arguments: object) -> None:
+        launched.append(arguments)
+        host["kernel"](*arguments)
+
+    row = memory.row(kernel, lists, 5)
+    assert len(launched) == 5
+    assert not y.any()  # recorded, and nothing has run
+    row()
+    memory.wait()
+    assert len(launched) == 5  # one call repeats them
+    np.testing.assert_allclose(y, x @ w[:20, :32].T, rtol=2e-5)
+    y[...] = 0
+    row()
+    assert y.any()
+    memory.row(kernel, lists, 1)()
+    assert len(launched) == 6  # what is called once is not worth a recording
+
+
+@emulated
+def test_calls_that_cannot_be_recorded_are_launched(tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+    made = Emulated(grouped(example("y = Exp (x)", {"x": numbers(40)}).model))
+    ffi = load_runtime([])
+    memory = measuring.DeviceMemory(ffi, ctypes.CDLL(str(made.kernels)), ffi.device("cpu", 0))
+    recorder = memory.recorder
+    assert recorder is not None
+    done = []
+
+    def wrong(value: int) -> None:  # ends the recording, as a call does that may not be recorded
+        done.append(value)
+        if len(done) == 1:
+            recorder.call("cudaStreamEndCapture", ctypes.c_void_p(recorder.stream), ctypes.byref(ctypes.c_void_p()))
+
+    row = memory.row(wrong, iter([[1], [2]]), 2)
+    assert "calls are launched one by one: cudaStreamEndCapture failed" in capfd.readouterr().err
+    assert memory.recorder is None
+    done.clear()
+    done.append(0)
+    row()
+    assert done == [0, 1, 2]
 
 
 # -- out to a machine with a GPU, and back ---------------------------------------------------------------------------

@@ -187,23 +187,35 @@ def _device_modules(module: Any) -> list[Any]:
     return found + [inner for m in module.imports for inner in _device_modules(m)]
 
 
+def generate_kernel(function: tirx.PrimFunc, profile: Profile, *, emulated: bool = False) -> Generated:
+    """Host and device code of one kernel, called ``kernel``; as :func:`generate`.
+
+    Args:
+        function: The kernel: host code that launches, for tensors in a GPU's memory.
+        profile: A ``cuda`` profile.
+        emulated: As in :func:`generate`.
+    """
+    target = target_of(profile)
+    name = "mmopt-cuda-emulated" if emulated else "mmopt-cuda"
+    with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True}), _source_only():
+        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+        executable = tvm.compile(module, target=target, tir_pipeline=name)
+    sources = [m.inspect_source("cuda") for m in _device_modules(executable.mod)]
+    return Generated(executable, sources[0] if sources else "", 0, {})
+
+
 def build_kernel(function: tirx.PrimFunc, profile: Profile) -> bytes:
     """A shared library with one kernel, called ``kernel``, and its machine code.
 
     Args:
-        function: The kernel: host code that launches, for tensors in a GPU's memory.
+        function: As in :func:`generate_kernel`.
         profile: A ``cuda`` profile.
 
     Raises:
         UserError: NVIDIA's compiler is not installed.
         BackendError: Code generation, compiling or linking failed, or there are not registers enough.
     """
-    target = target_of(profile)
-    with target, tvm.transform.PassContext(opt_level=3, config={"tirx.disable_vectorize": True}), _source_only():
-        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-        executable = tvm.compile(module, target=target, tir_pipeline="mmopt-cuda")
-    sources = [m.inspect_source("cuda") for m in _device_modules(executable.mod)]
-    made = Generated(executable, sources[0] if sources else "", 0, {})
+    made = generate_kernel(function, profile)
     if not made.source:
         return link(made, b"", profile)
     compiled = compiled_kernels(made, profile.sm)
