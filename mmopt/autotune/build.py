@@ -6,7 +6,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from types import TracebackType
 
@@ -16,14 +16,21 @@ TIMEOUT = 120.0
 """Seconds after which the compilation of one kernel is given up."""
 
 
-def compile_kernel(function: str, profile: Profile, path: str) -> None:
-    """Compile one TIR function, given as JSON, to a shared library. Runs in a process of its own."""
+def compile_kernel(function: str, profile: Profile, path: str, spills: bool = False) -> None:
+    """Compile one TIR function, given as JSON, to a shared library. Runs in a process of its own.
+
+    Args:
+        function: The function.
+        profile: What to compile for.
+        path: Where the library goes.
+        spills: A kernel of a GPU may spill registers.
+    """
     import tvm
 
     if profile.kind == "cuda":
         from mmopt.backends.cuda.pipeline import build_kernel
 
-        pathlib.Path(path).write_bytes(build_kernel(tvm.ir.load_json(function), profile))
+        pathlib.Path(path).write_bytes(build_kernel(tvm.ir.load_json(function), profile, spills=spills))
         return
     from mmopt.backends.cpu import intrinsics
     from mmopt.backends.cpu.pipeline import code_generation, target_of
@@ -57,6 +64,7 @@ class Builders:
         self._profile, self._folder, self._jobs = profile, folder, jobs
         self._pool: concurrent.futures.ProcessPoolExecutor | None = None
         self._count = 0
+        self._spilling: Collection[int] = ()
 
     def __enter__(self) -> Builders:
         return self
@@ -66,8 +74,14 @@ class Builders:
     ) -> None:
         self._stop()
 
-    def build(self, functions: Sequence[str]) -> list[tuple[str, str]]:
-        """For every function the name of its library, or "" and why there is none."""
+    def build(self, functions: Sequence[str], spilling: Collection[int] = ()) -> list[tuple[str, str]]:
+        """For every function the name of its library, or "" and why there is none.
+
+        Args:
+            functions: TIR functions as JSON.
+            spilling: Numbers of those that may spill registers of a GPU.
+        """
+        self._spilling = spilling
         names = [f"{self._count + n}.so" for n in range(len(functions))]
         self._count += len(functions)
         results: dict[int, str] = {}
@@ -89,9 +103,10 @@ class Builders:
     ) -> Iterator[tuple[int, str]]:
         """Index and error ("" when there is none) of those that came to an end before a process crashed."""
         pool = self._running()
+        paths = {index: str(self._folder / names[index]) for index in batch}
         jobs = {
-            index: pool.submit(compile_kernel, functions[index], self._profile, str(self._folder / names[index]))
-            for index in batch
+            n: pool.submit(compile_kernel, functions[n], self._profile, path, n in self._spilling)
+            for n, path in paths.items()
         }
         for index, job in jobs.items():
             try:

@@ -278,9 +278,13 @@ def device_of(profile: Profile) -> str:
 def build_candidates(
     kernels: Sequence[tuple[Parameters, list[KernelCode]]], builders: Builders
 ) -> list[dict[str, Any]]:
-    """Compile kernels; one dict a candidate, as :mod:`mmopt.autotune.measuring` takes it, with ``error`` besides."""
+    """Compile kernels; one dict a candidate, as :mod:`mmopt.autotune.measuring` takes it, with ``error`` besides.
+
+    Candidates that spill registers of a GPU are errors, but for the first: the others are compared with it.
+    """
     flat = [code for _, codes in kernels for code in codes]
-    built = iter(builders.build([code.function for code in flat]))
+    first = range(len(kernels[0][1])) if kernels else ()
+    built = iter(builders.build([code.function for code in flat], first))
     candidates = []
     for parameters, codes in kernels:
         made: dict[str, Any] = {"parameters": dict(parameters), "error": "", "kernels": []}

@@ -22,10 +22,10 @@ import tvm
 
 import mmopt
 from mmopt.autotune import measuring
-from mmopt.autotune.build import compile_kernel
+from mmopt.autotune.build import Builders
 from mmopt.autotune.database import Database, Scope, identity, kernel_version
 from mmopt.autotune.lowered import LoweredModel
-from mmopt.autotune.runner import Budget, tune
+from mmopt.autotune.runner import Budget, build_candidates, tune
 from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload
 from mmopt.backends.cuda.kernels import product
 from mmopt.backends.cuda.kernels.product import OTHERS, STATIC_SHARED, TILES, choose_tile, fits, tile_candidates
@@ -33,7 +33,7 @@ from mmopt.backends.cuda.kernels.weights import columns_candidates
 from mmopt.backends.cuda.pipeline import generate_kernel
 from mmopt.backends.profile import load_profile
 from mmopt.cli import main
-from mmopt.errors import BackendError, UnsupportedError
+from mmopt.errors import UnsupportedError
 from mmopt.lowering.compiler import compile_module
 from mmopt.runtime.gpu import present_gpu
 from mmopt.runtime.libraries import load_runtime
@@ -333,15 +333,21 @@ def test_results_that_come_back_change_what_is_compiled(away: pathlib.Path, tmp_
 
 
 @toolkit
-def test_a_candidate_without_registers_enough_is_out(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_candidates_without_registers_enough_are_out_but_for_the_one_to_compare_with(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(product, "TILES", (product.Tile(1, 2, 8, 8, 2, 1.0),))  # 256 sums a thread, of 255 registers
     profile = load_profile("cuda-sm80")
     module = mmopt.Module(ir.from_proto(exact(64, 64, 64, "float16").model))
     model = LoweredModel({"main": module}, profile)
     ((key, space),) = model.spaces.items()
-    (code,) = model.kernels(key, space.predicted.parameters)
-    with pytest.raises(BackendError, match="do not find a register"):
-        compile_kernel(code.function, profile, str(tmp_path / "k.so"))
+    parameters = space.predicted.parameters
+    codes = model.kernels(key, parameters)
+    with Builders(profile, tmp_path, 1) as builders:
+        first, second = build_candidates([(parameters, codes), (parameters, codes)], builders)
+    assert first["error"] == ""
+    assert architectures((tmp_path / first["kernels"][0]["library"]).read_bytes()) == [80]
+    assert "do not find a register" in second["error"]
 
 
 def test_a_program_names_its_choices() -> None:

@@ -204,12 +204,13 @@ def generate_kernel(function: tirx.PrimFunc, profile: Profile, *, emulated: bool
     return Generated(executable, sources[0] if sources else "", 0, {})
 
 
-def build_kernel(function: tirx.PrimFunc, profile: Profile) -> bytes:
+def build_kernel(function: tirx.PrimFunc, profile: Profile, *, spills: bool = False) -> bytes:
     """A shared library with one kernel, called ``kernel``, and its machine code.
 
     Args:
         function: As in :func:`generate_kernel`.
         profile: A ``cuda`` profile.
+        spills: Registers may be spilled.
 
     Raises:
         UserError: NVIDIA's compiler is not installed.
@@ -220,7 +221,7 @@ def build_kernel(function: tirx.PrimFunc, profile: Profile) -> bytes:
         return link(made, b"", profile)
     compiled = compiled_kernels(made, profile.sm)
     spilled = sum(taken.spills for taken in compiled.resources.values())
-    if spilled:
+    if spilled and not spills:
         raise BackendError(f"{spilled} bytes do not find a register", where=f"target {profile.name}")
     return link(made, fat_binary([compiled]), profile)
 
