@@ -59,6 +59,7 @@ def test_kinds_of_attention() -> None:
         attention((2, 2, 9, 24), (2, 2, 70, 24), mask=numbers(1, 2, 1, 70)),
         attention((1, 2, 80, 64), (1, 2, 80, 64), causal=True),
         attention((1, 1, 5, 10), (1, 1, 3, 10)),
+        attention((1, 1, 9, 96), (1, 1, 40, 96)),
         attention(
             (1, 2, 33, 8), (1, 2, 40, 8), symbolic={"q": ["n", 2, "s", 8], "k": ["n", 2, "t", 8], "v": ["n", 2, "t", 8]}
         ),
@@ -72,6 +73,7 @@ def test_halves() -> None:
     cases = [
         attention((1, 2, 70, 64), (1, 2, 90, 64), dtype="float16"),
         attention((1, 2, 9, 40), (1, 1, 20, 40), dtype="float16"),
+        attention((1, 1, 9, 128), (1, 1, 40, 128), dtype="float16"),
     ]
     wrong = wrong_answers(cases, tolerance=2e-3)
     assert not wrong, "\n".join(wrong)
@@ -88,7 +90,16 @@ def test_heads_in_one_axis() -> None:
 
 
 @toolkit
-@pytest.mark.parametrize(("dtype", "size"), [("float16", 64), pytest.param("float32", 64, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        ("float16", 64),
+        ("float16", 112),
+        ("float16", 128),
+        ("float32", 96),
+        pytest.param("float32", 64, marks=pytest.mark.slow),
+    ],
+)
 def test_machine_code_spills_nothing(dtype: str, size: int) -> None:
     case = attention((1, 12, 128, size), (1, 12, 128, size), dtype=dtype)
     made = compiled_kernels(Emulated({"main": grouped(case.model)}).generated, 80)

@@ -35,6 +35,9 @@ from mmopt.backends.profile import Profile
 QUERIES = 64
 """Queries of a block."""
 
+WIDE = 112
+"""Size of a value up to which scores of 64 keys find registers beside the sums."""
+
 MASKS = {"bool": "MMOPT_BOOL_MASK", "float32": "MMOPT_F32_MASK", "float16": "MMOPT_F16_MASK"}
 """Types a mask may have."""
 
@@ -81,13 +84,19 @@ class Cut:
 
     def shared(self, size: int) -> int:
         """Bytes of shared memory, with numbers of ``size`` bytes."""
+        return self.tile(size).shared
+
+    def tile(self, size: int) -> Tile:
+        """Where sums lie: as those of a product of 64 rows by the values, with memory for numbers of ``size`` bytes."""
         tiles = self.panels * (QUERIES + self.keys) + self.keys * size // ROW_BYTES * self.columns * 8
-        return max(tiles * ROW_BYTES, QUERIES * self.columns * 8 * 4 // 2)
+        bytes_ = max(tiles * ROW_BYTES, QUERIES * self.columns * 8 * 4 // 2)
+        return Tile(4, 1, 1, self.columns, -(-bytes_ // ((QUERIES + self.columns * 8) * ROW_BYTES)), 1.0)
 
 
 def cut_of(heads: Heads, dtype: str) -> Cut | None:
     """The cut with the longest tile of keys that fits; None for heads that are too large."""
-    return next(iter(_cuts(heads, dtype, (64, 32) if itemsize(dtype) == 2 else (32,))), None)
+    tiles = (32, 16) if itemsize(dtype) == 4 else (64, 32) if heads.values <= WIDE else (32,)
+    return next(iter(_cuts(heads, dtype, tiles)), None)
 
 
 def _cuts(heads: Heads, dtype: str, keys: Sequence[int]) -> list[Cut]:
@@ -172,13 +181,6 @@ class TensorAttention(LoopNest):
         """Template parameters, for reports."""
         return {"queries": QUERIES, "keys": self.cut.keys, "type": self.q.source.dtype}
 
-    @property
-    def tile(self) -> Tile:
-        """Where sums lie: as those of a product of 64 rows by the values."""
-        bytes_ = self.cut.shared(itemsize(self.q.source.dtype))
-        rows = (QUERIES + self.cut.columns * 8) * ROW_BYTES
-        return Tile(4, 1, 1, self.cut.columns, -(-bytes_ // rows), 1.0)
-
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         h = self.heads
         blocks = simplify(tirx.floordiv(h.queries + (QUERIES - 1), i64(QUERIES)))
@@ -195,7 +197,7 @@ class TensorAttention(LoopNest):
             def attend(total: Expr, memory: Expr) -> Stmt:
                 return self._attend(kernel, total, memory, image, head, first)
 
-            return tile_statement(self.tile, "float32", thread, attend, store)
+            return tile_statement(self.cut.tile(itemsize(self.q.source.dtype)), "float32", thread, attend, store)
 
         return unless_empty(simplify(blocks * layers), launch([blocks, layers], 4 * 32, block))
 
