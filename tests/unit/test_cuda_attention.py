@@ -102,6 +102,8 @@ def test_heads_in_one_axis() -> None:
 )
 def test_machine_code_spills_nothing(dtype: str, size: int) -> None:
     case = attention((1, 12, 128, size), (1, 12, 128, size), dtype=dtype)
-    made = compiled_kernels(Emulated({"main": grouped(case.model)}).generated, 80)
+    generated = Emulated({"main": grouped(case.model)}).generated
+    assert "mmopt_attention<" in generated.source
+    made = compiled_kernels(generated, 80)
     (name,) = [n for n in made.resources if "Attention" in n]
     assert (made.resources[name].spills, made.resources[name].stack) == (0, 0)
