@@ -3,9 +3,10 @@
     Y[n, o, y] = Σ_c Σ_t X[n, c, y·stride + t·dilation] · W[o, c, t]      X, W: bfloat16 or bytes; sums of 32 bits
 
 Activations are ``[N, C/B, *space, B]`` with padding in place, B channels side by side being a row of an AMX tile where
-there are as many, and more on Arm. A micro-kernel takes neighbouring positions as its rows, an equal distance apart, and
-walks a list of segments: one for each block of channels and tap, or for each row of taps where few channels make a short
-block, and on Arm always. Their addresses are worked out once a call. Weights are panels of a few vectors of output channels, in the order of the walk.
+there are as many, and more on Arm. A micro-kernel takes neighbouring positions as its rows, an equal distance apart,
+and walks a list of segments: one for each block of channels and tap, or for each row of taps where few channels make a
+short block, and on Arm always. Their addresses are worked out once a call. Weights are panels of a few vectors of
+output channels, in the order of the walk.
 
 Positions count along the last axis; where strides allow it, along the last two or all, over the padding too, whose sums
 are thrown away: for small images this fills tiles better than lines would. A strided convolution reads its input in
