@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import pathlib
@@ -58,7 +59,10 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PLOT = DOCS / "pruning-latency.svg"
 PAGE = DOCS / "pruning.md"
 _TABLE = re.compile(r"(<!-- latency: begin -->\n).*?(<!-- latency: end -->)", re.DOTALL)
-_COLORS = ("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#7f7f7f", "#bcbd22")
+_COLORS = (
+    *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#7f7f7f", "#bcbd22"),
+    *("#000000", "#aec7e8", "#98df8a", "#ff9896"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +210,7 @@ def plot(found: Sequence[Point]) -> str:
             x, y = place(tick, tick)
             parts.append(f'<text x="{x}" y="{size + edge / 2 + 16}" text-anchor="middle">{tick:g}</text>')
             parts.append(f'<text x="{edge - 6}" y="{y + 4}" text-anchor="end">{tick:g}</text>')
-    colors = dict(zip(dict.fromkeys(point.network for point in found), _COLORS, strict=False))
+    colors = dict(zip(dict.fromkeys(point.network for point in found), itertools.cycle(_COLORS), strict=False))
     for point in found:
         x, y = place(1e3 * point.measured, 1e3 * point.predicted)
         parts.append(f'<circle cx="{x}" cy="{y}" r="3.5" fill="{colors[point.network]}"/>')

@@ -39,6 +39,12 @@ def test_the_plot_has_a_point_for_each_model_near_the_line_when_it_is_right() ->
     assert abs(y - np.interp(x, [x1, x2], [y1, y2])) < 0.5
 
 
+def test_the_plot_takes_any_number_of_networks() -> None:
+    many = [Point(f"network {n}", 1e-3, 1e-3 + n * 1e-4, 1e-3) for n in range(30)]
+    texts = [e.text for e in ElementTree.fromstring(plot(many)).iter() if e.tag.endswith("text")]
+    assert {point.network for point in many} <= set(texts)
+
+
 def test_predictions_do_not_look_at_what_they_predict(tmp_path) -> None:  # type: ignore[no-untyped-def]
     """The time of the third model changes what is compared with, not what is predicted."""
     paths = []
