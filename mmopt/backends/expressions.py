@@ -104,32 +104,28 @@ def rectified(expression: Expr) -> Expr:
 
     A NaN stays one in either; of the zeros, the maximum is the positive one.
     """
-    if not any(map(_rectifies, nodes(expression))):
+
+    def maximum(node: Expr) -> Expr:
+        return tirx.call_llvm_pure_intrin(str(node.ty), "llvm.maximum", node.false_value, node.true_value)
+
+    return _replaced(expression, _rectifies, maximum)
+
+
+def narrowed(expression: Expr, bits: Callable[[Expr], Expr]) -> Expr:
+    """``expression`` with ``bits`` for each conversion of float32 to bfloat16: they give it as uint16."""
+    return _replaced(expression, _narrows, lambda node: tirx.reinterpret("bfloat16", bits(node.value)))
+
+
+def _replaced(expression: Expr, matches: Callable[[Expr], bool], make: Callable[[Expr], Expr]) -> Expr:
+    """``expression`` with ``make`` of every node that ``matches``, from the leaves on."""
+    if not any(map(matches, nodes(expression))):
         return expression
     done: dict[Expr, Expr] = {}
 
     def visit(node: Expr) -> Expr:
         if node not in done:
             made = _with_parts(node, [visit(p) for p in parts(node)], lambda part: part)
-            if _rectifies(made):
-                made = tirx.call_llvm_pure_intrin(str(made.ty), "llvm.maximum", made.false_value, made.true_value)
-            done[node] = made
-        return done[node]
-
-    return visit(expression)
-
-
-def narrowed(expression: Expr, bits: Callable[[Expr], Expr]) -> Expr:
-    """``expression`` with ``bits`` for each conversion of float32 to bfloat16: they give it as uint16."""
-    if not any(map(_narrows, nodes(expression))):
-        return expression
-    done: dict[Expr, Expr] = {}
-
-    def visit(node: Expr) -> Expr:
-        if node not in done:
-            operands = [visit(p) for p in parts(node)]
-            made = _with_parts(node, operands, lambda part: part)
-            done[node] = tirx.reinterpret("bfloat16", bits(operands[0])) if _narrows(node) else made
+            done[node] = make(made) if matches(made) else made
         return done[node]
 
     return visit(expression)

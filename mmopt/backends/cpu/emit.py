@@ -147,7 +147,7 @@ class KernelEmitter:
         scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
         if self.profile.kind == "arm":
             value = rectified(value)
-        if self.profile.kind == "cpu" and intrinsics.has_bfloat16(self.profile):
+        if intrinsics.has_bfloat16(self.profile):
             value = narrowed(value, self._bfloat16_bits)
         if not scope.bind:
             return value

@@ -208,7 +208,6 @@ def _gelu(x: Expr, tail: Sequence[float], power: Sequence[float]) -> Expr:
         tail: Coefficients of log2 Φ(−a).
         power: As for :func:`exp2_below_zero`.
     """
-
     magic = _c(x, 12582912.0)
 
     def product(x: Expr, share: Expr) -> Expr:
@@ -254,8 +253,7 @@ def sigmoid_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
     bounded = keep(_within(_c(x, 0.0) - x, 88.0))
     rounded, r = _exponent(bounded, keep)
     value = keep(_polynomial(r, _EXP) * (r * r) + r + _c(x, 1.0))
-    shifted = tirx.shift_left(tirx.reinterpret(_integer(x), rounded), _int(x, 23))
-    return _c(x, 1.0), keep(tirx.reinterpret(str(x.ty), tirx.reinterpret(_integer(x), value) + shifted) + _c(x, 1.0))
+    return _c(x, 1.0), keep(_raised(value, rounded) + _c(x, 1.0))
 
 
 def tanh_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:

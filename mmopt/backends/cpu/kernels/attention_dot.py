@@ -89,8 +89,7 @@ class DotAttention(LoopNest):
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over images and heads."""
         kernels: list[Code] = []
-        profile = kernel.profile
-        if native := profile.kind == "cpu" and has_bfloat16(profile):
+        if native := has_bfloat16(kernel.profile):
             kernels.append(Rounding())
 
         def task(number: Expr) -> Stmt:
