@@ -37,6 +37,9 @@ from mmopt.backends.profile import Profile
 FORK_CYCLES = 16384
 """Work below which a convolution stays on one thread."""
 
+HAND_OVER_CYCLES = 8
+"""Cycles that a vector of sums takes to be scaled, rounded and stored."""
+
 TASKS = 16
 """Parallel pieces wanted at least, so that threads end together."""
 
@@ -284,6 +287,24 @@ def _cycles(dot: Dot, shape: Shape, cut: Cut) -> float:
     return shape.groups * shape.runs(cut.merged) * panels * total
 
 
+def worth_forking(dot: Dot, shape: Shape, images: int | None) -> bool:
+    """Whether a convolution takes long enough for several threads: matrix units are often done before their results are
+    handed over.
+
+    Args:
+        dot: The instruction.
+        shape: Sizes.
+        images: Images, if their number is known.
+    """
+    if images is None:
+        return True
+    weights = shape.depth * shape.outputs * shape.groups
+    results = images * math.prod(shape.space) * shape.groups * -(-shape.outputs // dot.lanes)
+    multiplying = images * math.prod(shape.space) * weights / dot.rate
+    cycles = max(multiplying, weights * itemsize(dot.b) / 6) + results * HAND_OVER_CYCLES
+    return cycles >= FORK_CYCLES
+
+
 class DotConvolution(LoopNest):
     """A convolution with a packed constant.
 
@@ -362,11 +383,7 @@ class _Emitter:
         return importing(self.kernels, seq(tirx.AllocBuffer(self.offsets), self._fill_offsets(), body))
 
     def _kind(self) -> str:
-        images = static(self.nest.x.shape[0])
-        work = self.sizes.depth * self.sizes.outputs * self.sizes.groups * math.prod(self.sizes.space)
-        weights = self.sizes.depth * self.sizes.outputs * self.sizes.groups * itemsize(self.dot.b) / 6
-        few = images is not None and max(images * work / self.dot.rate, weights) < FORK_CYCLES
-        return "serial" if few else "parallel"
+        return "parallel" if worth_forking(self.dot, self.sizes, static(self.nest.x.shape[0])) else "serial"
 
     def _fill_offsets(self) -> Stmt:
         """Where each segment starts, from the first row, in bytes."""
