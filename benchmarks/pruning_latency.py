@@ -61,7 +61,7 @@ PAGE = DOCS / "pruning.md"
 _TABLE = re.compile(r"(<!-- latency: begin -->\n).*?(<!-- latency: end -->)", re.DOTALL)
 _COLORS = (
     *("#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#e377c2", "#17becf", "#7f7f7f", "#bcbd22"),
-    *("#000000", "#aec7e8", "#98df8a", "#ff9896"),
+    *("#000000", "#aec7e8", "#98df8a", "#ff9896", "#ffbb78", "#c5b0d5", "#9edae5", "#c49c94", "#f7b6d2"),
 )
 
 

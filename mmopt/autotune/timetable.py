@@ -27,8 +27,11 @@ Record = Mapping[str, Any]
 
 _DIM = re.compile(r"(\w+)=([\w?.\-]+)")
 
-_CALL, _BYTE = 400.0, 0.1
-"""Cycles of a kernel whose template predicts nothing: for its call, and for each byte that it reads or writes."""
+_CALL, _BYTE = 1000.0, 0.1
+"""Cycles of a kernel for its call, and, where its template predicts nothing, for each byte that it reads or writes.
+
+Templates predict what a kernel computes. The call, and handing work out to threads, does not shrink with it.
+"""
 
 _CALLING = 15e-6
 """Seconds for calling a model, as long as one alone does not tell them from what grows with its kernels."""
@@ -158,9 +161,8 @@ class TimeTable:
 
 
 def _cycles(record: Record) -> float:
-    """Cycles as the template predicts them, or as the data that is moved suggests."""
-    predicted = float(record.get("cycles", 0.0))
-    return predicted or _CALL + _BYTE * _moved(record)
+    """Cycles of a call, and as the template predicts them, or as the data that is moved suggests."""
+    return _CALL + (float(record.get("cycles", 0.0)) or _BYTE * _moved(record))
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:

@@ -36,14 +36,23 @@ def test_what_was_measured_comes_back() -> None:
 
 def test_sizes_between_take_what_lies_between_and_the_nearest_counts_most() -> None:
     """Small kernels take twice what is predicted, large ones what is predicted."""
-    records = [product("small", 15, 1e3), product("large", 1023, 64e3)]
+    records = [product("small", 15, 1e6), product("large", 1023, 64e6)]
     table = TimeTable()
-    table.learn(records, measured(0.0, small=(1, 2e-6), large=(1, 64e-6)))
-    ratios = [table.seconds([product("other", n, 1e3)]) / 1e-6 for n in (15, 31, 127, 511, 1023)]
+    table.learn(records, measured(0.0, small=(1, 2e-3), large=(1, 64e-3)))
+    ratios = [table.seconds([product("other", n, 1e6)]) / 1e-3 for n in (15, 31, 127, 511, 1023)]
     assert ratios == sorted(ratios, reverse=True)
     assert ratios[0] == pytest.approx(2, rel=0.01)
     assert ratios[2] == pytest.approx(2**0.5, rel=0.01)
     assert ratios[-1] == pytest.approx(1, rel=0.01)
+
+
+def test_a_call_does_not_shrink_with_what_is_computed() -> None:
+    """A kernel with a hundredth of the arithmetic takes more than a hundredth of the time, one with more no more."""
+    table = TimeTable()
+    table.learn([product("known", 64, 100e3)], measured(0.0, known=(1, 10e-6)))
+    small, large = (table.seconds([product("new", 64, cycles)]) for cycles in (1e3, 10e6))
+    assert small == pytest.approx(10e-6 * 2 / 101, rel=1e-3)
+    assert large == pytest.approx(1e-3, rel=0.02)
 
 
 def test_other_number_formats_and_templates_tell_little() -> None:
