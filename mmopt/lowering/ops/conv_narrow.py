@@ -239,8 +239,9 @@ class _Plan:
         shape = Shape(extents, split, -(-depth // block) * block, each, groups, geometry.window, slack)
         if min(extents) < 1 or min(shape.space) < 1:
             return None
-        result = block_of(out, dot) if out % dot.group == 0 else out
-        if groups > 1 and (depth % block or any(result % used for used in spans(each, dot.lanes))):
+        results = (block_of(out, dot), block_of(each, dot)) if out % dot.group == 0 else (out,)
+        result = next((b for b in results if groups == 1 or _holds_vectors(b, each, groups, dot.lanes)), None)
+        if result is None or (groups > 1 and depth % block):
             return None
         return cls(shape, walk, geometry, result)
 
@@ -347,6 +348,14 @@ class _Plan:
             return Value.in_blocks(final, node.name)
         view = plain_view(final)
         return Value(Map((final.shape[0], index(channels), *final.shape[2:-1]), dtype, view.body), name=node.name)
+
+
+def _holds_vectors(block: int, each: int, groups: int, lanes: int) -> bool:
+    """Whether blocks of the result are whole, and no vector of a group's ``each`` channels lies in two of them."""
+    if each * groups % block:
+        return False
+    starts = [(g * each + n * lanes, used) for g in range(groups) for n, used in enumerate(spans(each, lanes))]
+    return all(start % block + used <= block for start, used in starts)
 
 
 def _sizes(shape: Shape) -> dict[str, Sequence[int]]:
