@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,13 +14,14 @@ import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 from onnx import TensorProto, helper
 
-from mmopt.backends.compute import Map, Tensor
+from mmopt.backends.compute import Map, Source, Tensor
 from mmopt.backends.cpu.choosing import Chooser
-from mmopt.backends.cpu.kernels.conv import Window, pack_filters
+from mmopt.backends.cpu.emit import KernelEmitter
+from mmopt.backends.cpu.kernels.conv import Window, channel_block, pack_filters
 from mmopt.backends.cpu.kernels.conv_direct import DirectConvolution
 from mmopt.backends.cpu.kernels.conv_patches import Convolved, Patch, direct_candidates, patch_of
 from mmopt.backends.cpu.kernels.tile import lanes_of
-from mmopt.backends.profile import Profile
+from mmopt.backends.profile import Profile, load_profile
 from mmopt.ir.module import Module
 from tests.kernels import PROFILES, UNTOUCHED, WIDEST, Arrays, Case, profiles
 from tests.kernels import check as check_kernels
@@ -118,10 +121,9 @@ def ranks() -> list[Example]:
 
 def channels() -> list[Example]:
     """Channels that do not fill vectors, blocks or panels, on either side; a single row, column, image."""
-    made = [
-        example(Geometry((1, c, 5, 6), (o, c, 3, 3), pads=(1, 1, 1, 1)))
-        for c, o in [(1, 1), (16, 1), (1, 16), (5, 7), (16, 20), (20, 16), (8, 24), (24, 40), (32, 70), (17, 33)]
-    ]
+    pairs = [(1, 1), (16, 1), (1, 16), (5, 7), (16, 20), (20, 16), (8, 24), (24, 40), (32, 70), (17, 33)]
+    pairs += [(12, 36), (24, 4)]
+    made = [example(Geometry((1, c, 5, 6), (o, c, 3, 3), pads=(1, 1, 1, 1))) for c, o in pairs]
     made += [
         example(Geometry((1, 16, 1, 1), (16, 16, 1, 1))),
         example(Geometry((1, 16, 3, 3), (16, 16, 3, 3))),
@@ -146,6 +148,10 @@ def groups() -> list[Example]:
         Geometry((1, 16, 9, 40), (16, 1, 3, 3), groups=16, strides=(2, 2), dilations=(1, 3), pads=(1, 3, 1, 3)),
         Geometry((1, 16, 4, 4, 5), (16, 1, 2, 2, 2), groups=16, dilations=(2, 1, 1)),
         Geometry((1, 20, 9, 5), (20, 1, 3, 3), groups=20, pads=(1, 1, 1, 1)),
+        Geometry((2, 24, 9, 17), (24, 1, 5, 5), groups=24, strides=(2, 2), pads=(2, 2, 2, 2)),
+        Geometry((1, 10, 9, 5), (10, 1, 3, 3), groups=10, pads=(1, 1, 1, 1)),
+        Geometry((1, 48, 6, 7), (48, 24, 3, 3), groups=2, pads=(1, 1, 1, 1)),
+        Geometry((1, 64, 6, 7), (64, 8, 3, 3), groups=8, pads=(1, 1, 1, 1)),
         Geometry((1, 16, 9, 5), (32, 1, 3, 3), groups=16, pads=(1, 1, 1, 1)),
         Geometry((1, 5, 9, 5), (10, 1, 3, 3), groups=5),
     ]]  # fmt: skip
@@ -320,10 +326,10 @@ def _symbolic_operands() -> list[Example]:
 def _random_geometry(random: np.random.Generator, lanes: int) -> Geometry:
     """Channels in whole blocks or a few, extents up to a little more than a tile's, any taps and steps."""
     rank, groups = int(random.integers(1, 4)), int(random.choice([1, 1, 2]))
-    depth = int(random.choice([lanes, 2 * lanes, 3])) if groups == 1 else lanes
-    out = (
-        groups * int(random.choice([lanes, 2 * lanes, 3 * lanes])) if groups > 1 else int(random.integers(1, 4 * lanes))
-    )
+    half = channel_block(lanes // 2, lanes)
+    depth = int(random.choice([lanes, 2 * lanes, half, 3 * half, 3])) if groups == 1 else lanes
+    whole = groups > 1 or random.random() < 0.4
+    out = groups * half * int(random.integers(1, 7)) if whole else int(random.integers(1, 4 * lanes))
     taps = tuple(int(k) for k in random.integers(1, 4, rank))
     strides = tuple(int(s) for s in random.integers(1, 3, rank))
     space = tuple(int(k + e) for k, e in zip(taps, random.integers(0, 34 if rank == 1 else 9, rank), strict=True))
@@ -336,7 +342,7 @@ def cut_up(profile: Profile, count: int) -> list[Case]:
     made = []
     for number in range(count):
         g = _random_geometry(random, lanes)
-        block = lanes if g.w[1] % lanes == 0 else 1
+        block = channel_block(g.w[1], lanes)
         flat = block > 1 and set(g.w[2:]) == set(g.strides) == {1}
         space = tuple((x - k) // s + 1 for x, k, s in zip(g.x[2:], g.w[2:], g.strides, strict=True))
         walked = (int(np.prod(space)),) if flat else space
@@ -354,21 +360,23 @@ def _cut_case(g: Geometry, block: int, patch: Patch, *, flat: bool, residual: bo
     source = data.constant(_in_blocks(x, block) if block > 1 else x)
     filters = data.constant(np.ascontiguousarray(pack_filters(w, g.groups, block, patch.columns)))
     window = Window(g.w[2:], g.strides, (1,) * g.rank)
+    fitting = channel_block(g.w[0] // g.groups, patch.lanes)
+    together = fitting if fitting > 1 else patch.lanes
     nest = DirectConvolution(
         source, filters, channels=g.w[0], groups=g.groups, block=block, window=window, patch=patch,
-        plain=block == 1, flat=flat,
+        plain=block == 1, result_block=together, flat=flat,
     )  # fmt: skip
     result: Tensor = nest.output
-    blocks = np.zeros((g.x[0], -(-g.w[0] // patch.lanes) * patch.lanes, *want.shape[2:]))
+    blocks = np.zeros((g.x[0], -(-g.w[0] // together) * together, *want.shape[2:]))
     blocks[:, : g.w[0]] = want
-    expected = _in_blocks(blocks, patch.lanes)
+    expected = _in_blocks(blocks, together)
     if residual:
         other = data.constant(np.random.default_rng(1).standard_normal(expected.shape).astype(np.float32))
         result = Map(result.shape, "float32", lambda *at: nest.output[at] + other[at], "sum")
         expected = expected + data[other]
     # Lanes of channels that are not there keep what was in memory.
-    there = np.arange(expected.shape[1])[:, None] * patch.lanes + np.arange(patch.lanes) < g.w[0]
-    there = there.reshape(1, expected.shape[1], *[1] * g.rank, patch.lanes)
+    there = np.arange(expected.shape[1])[:, None] * together + np.arange(together) < g.w[0]
+    there = there.reshape(1, expected.shape[1], *[1] * g.rank, together)
     return data.case(f"{g} {patch}", result, np.where(there, expected, UNTOUCHED))
 
 
@@ -405,6 +413,8 @@ def branches() -> list[Example]:
 
     weights = {"w": filters(32, 16, 3, 3), "v": filters(16, 32, 1, 1), "u": filters(16, 48, 3, 3)}
     weights |= {"halves": np.array([16, 16]), "uneven": np.array([8, 24]), "t": filters(16, 16, 1, 1)}
+    weights |= {"narrow": filters(24, 16, 3, 3), "wide": filters(72, 24, 1, 1), "each": filters(72, 1, 3, 3)}
+    weights |= {"back": filters(24, 72, 1, 1), "end": filters(16, 24, 1, 1)}
     conv = {name: {"pads": [1, 1, 1, 1]} if weights[name].shape[-1] == 3 else {} for name in "wvut"}
 
     def apply(name: str, x: str, y: str) -> onnx.NodeProto:
@@ -416,6 +426,17 @@ def branches() -> list[Example]:
     wide = [apply("w", "x", "a"), helper.make_node("Concat", ["a", "a"], ["b"], axis=3), apply("v", "b", "y")]
     mixed = [apply("v", "a", "b"), helper.make_node("Concat", ["x", "b"], ["c"], axis=1), apply("v", "c", "y")]
 
+    def inverted() -> list[onnx.NodeProto]:
+        """As MobileNet has them: a few channels, many, each for itself, few again; none of them in whole vectors."""
+        each: dict[str, Any] = {"group": 72, "pads": [1, 1, 1, 1]}
+        return [
+            helper.make_node("Conv", ["x", "narrow"], ["a"], pads=[1, 1, 1, 1]),
+            helper.make_node("Conv", ["a", "wide"], ["b"]),
+            helper.make_node("Clip", ["b"], ["c"]), helper.make_node("Conv", ["c", "each"], ["d"], **each),
+            helper.make_node("Relu", ["d"], ["e"]), helper.make_node("Conv", ["e", "back"], ["f"]),
+            helper.make_node("Add", ["f", "a"], ["g"]), helper.make_node("Conv", ["g", "end"], ["y"]),
+        ]  # fmt: skip
+
     def halved(sizes: str) -> list[onnx.NodeProto]:
         made = [apply("w", "x", "a"), helper.make_node("Split", ["a", sizes], ["b", "c"], axis=1)]
         return [*made, helper.make_node("Concat", ["c", "b"], ["d"], axis=1), apply("v", "d", "y")]
@@ -426,6 +447,7 @@ def branches() -> list[Example]:
         Example("joined with another layout", model_of([apply("w", "x", "a"), *mixed], feeds, ["y"], weights), feeds),
         Example("halves", model_of(halved("halves"), feeds, ["y"], weights), feeds),
         Example("pieces that are not whole blocks", model_of(halved("uneven"), feeds, ["y"], weights), feeds),
+        Example("inverted, of half vectors", model_of(inverted(), feeds, ["y"], weights), feeds),
     ]
 
 
@@ -454,6 +476,30 @@ def test_convolutions_in_fusion_groups(profile: str) -> None:
     """Operators of a group stay computations until the whole group is one kernel."""
     wrong = wrong_answers([*surroundings(), *branches(), *_symbolic_operands()], profile, prepare=grouped)
     assert not wrong, "\n".join(wrong)
+
+
+def test_channels_lie_in_the_largest_blocks_that_divide_them() -> None:
+    assert [channel_block(c, 16) for c in (32, 24, 20, 18, 3)] == [16, 8, 4, 1, 1]
+    assert [channel_block(c, 8) for c in (32, 24, 20, 18, 3)] == [8, 8, 4, 1, 1]
+    assert [channel_block(c, 4) for c in (24, 18, 3)] == [4, 1, 1]
+    assert [channel_block(c, 2) for c in (24, 18, 3)] == [2, 2, 1]  # a vector of two doubles
+
+
+def test_what_is_added_is_fetched_and_what_is_stored_is_not() -> None:
+    """Fetching the places of results costs a cache line's time without saving any."""
+    patch = Patch(1, 14, 2, 16, ahead=True)
+    x, w = Source((1, 4, 28, 28, 16), "float32", "x"), Source((1, 4, 1, 1, 16, 32), "float32", "w")
+    other = Source((1, 2, 28, 28, 16), "float32", "other")
+    window = Window((1, 1), (1, 1), (1, 1))
+    nest = DirectConvolution(x, w, channels=32, groups=1, block=16, window=window, patch=patch, plain=False, flat=True)
+    total = Map(nest.output.shape, "float32", lambda *at: nest.output[at] + other[at], "total")
+
+    def fetched(result: Tensor) -> set[str]:
+        text = str(KernelEmitter([result], load_profile("sapphirerapids")).build().function)
+        return set(re.findall(r"llvm.prefetch\D+address_of\((\w+)", text))
+
+    assert fetched(nest.output) == {"w"}
+    assert fetched(total) == {"w", "other"}
 
 
 def test_window_extents_and_positions() -> None:

@@ -11,7 +11,7 @@ from tvm.ir import Expr
 
 from mmopt.backends.compute import SUM, Map, Reduction, Source, Tensor, guarded, index
 from mmopt.backends.cpu.choosing import Workload, dim
-from mmopt.backends.cpu.kernels.conv import Window, pack_filters
+from mmopt.backends.cpu.kernels.conv import Window, channel_block, pack_filters
 from mmopt.backends.cpu.kernels.conv_depthwise import (
     DepthwiseConvolution,
     depthwise_candidates,
@@ -98,10 +98,11 @@ def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
     usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
     if not usable or out is None or depth is None or 0 in static_or_one((*w.shape, *x.shape)):
         return generic_convolution(node, x, w, bias, groups, shape)
-    if groups == channels == out and out % lanes == 0:
-        return _depthwise(node, x, w, bias, shape, lanes)
-    each = out // groups
-    if groups > 1 and (each % lanes or (depth % lanes and depth * groups % lanes == 0)):
+    block = channel_block(out, lanes)
+    if groups == channels == out and block > 1:
+        return _depthwise(node, x, w, bias, shape, block)
+    apart = channel_block(depth, lanes) == 1 < channel_block(depth * groups, lanes)
+    if groups > 1 and (apart or channel_block(out // groups, lanes) == 1):
         return generic_convolution(node, x, w, bias, groups, shape)
     return _direct(node, x, w, bias, groups, shape, lanes)
 
@@ -115,8 +116,11 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
     context = node.context
     assert w.constant is not None
     out, depth = w.constant.shape[:2]
-    block = lanes if depth % lanes == 0 else 1
+    block = _block_of_input(x, depth, lanes)
     plain = block == 1
+    # Blocks that do not fit are computed in whole vectors and stored channel by channel.
+    together = channel_block(out // groups, lanes)
+    together = together if together > 1 else lanes
     space = shape.window.output(shape.padded_extents(x.shape[2:]))
     flat = not plain and shape.window == Window(*(tuple([1] * len(space)),) * 3)
     walked = (simplify(product(space)),) if flat else space
@@ -138,7 +142,7 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
         w, ("filters", groups, block, columns), lambda a: pack_filters(a, groups, block, columns)
     )
     nest = DirectConvolution(
-        padded_input(node, x, shape, 0 if plain else lanes),
+        padded_input(node, x, shape, 0 if plain else block),
         filters,
         channels=out,
         groups=groups,
@@ -146,10 +150,17 @@ def _direct(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, s
         window=shape.window,
         patch=patch,
         plain=plain,
+        result_block=together,
         flat=flat,
     )
     nest.workload = workload
-    return _finish(node, nest.output, bias, out, lanes)
+    return _finish(node, nest.output, bias, out, together)
+
+
+def _block_of_input(x: Value, depth: int, lanes: int) -> int:
+    """Channels of a block to read ``x`` in: those it has, if groups of ``depth`` channels are whole blocks."""
+    block = 0 if x.blocked is None else static(x.blocked.shape[-1]) or 0
+    return block if block in (lanes, lanes // 2, lanes // 4) and depth % block == 0 else channel_block(depth, lanes)
 
 
 def _winograd(

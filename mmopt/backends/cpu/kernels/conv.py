@@ -41,6 +41,17 @@ class Window:
         return tuple(o * s + t * d for o, t, s, d in zip(output, tap, self.strides, self.dilations, strict=True))
 
 
+LEAST_BLOCK = 4
+"""Channels side by side worth a layout of their own."""
+
+
+def channel_block(channels: int, lanes: int) -> int:
+    """Channels side by side in memory: as many as a vector has, or a half or quarter where they are no multiple of it;
+    1 where even those do not divide them."""
+    blocks = (lanes, *(part for part in (lanes // 2, lanes // 4) if part >= LEAST_BLOCK))
+    return next((block for block in blocks if channels % block == 0), 1)
+
+
 def pack_filters(weight: np.ndarray, groups: int, block: int, columns: int) -> np.ndarray:
     """Rearrange ``[O, C/g, *kernel]`` into ``[panels, C/g/block, *kernel, block, columns]``, zero-padded columns.
 
@@ -71,15 +82,14 @@ def long_epilogue(kernel: Any, result: LoopResult) -> bool:
     return sum(trace(m, kernel.plan.stored).cost for m in kernel.plan.epilogues.get(result, [])) > SHORT_EPILOGUE
 
 
-def written_with(kernel: Any, result: LoopResult) -> list[Callable[..., Expr]]:
-    """How to read what lies at the place of ``result`` in each tensor of its shape and size that is stored or read
-    while its elements are consumed."""
+def read_with(kernel: Any, result: LoopResult) -> list[Callable[..., Expr]]:
+    """How to read what lies at the place of ``result`` in each tensor of its shape and size that is read while its
+    elements are consumed. What is stored needs no fetching: stores wait in a buffer of their own, not the core."""
     maps = kernel.plan.epilogues.get(result, [])
-    stored = [t for t in (result, *maps) if t in kernel.plan.stored]
-    reads = [r.tensor for m in maps for r in trace(m, kernel.plan.stored).reads]
+    reads = [r.tensor for m in maps for r in trace(m, kernel.plan.stored).reads if r.tensor is not result]
     alike = [
         t
-        for t in dict.fromkeys([*stored, *reads])
+        for t in dict.fromkeys(reads)
         if t.dtype == result.dtype and t in kernel.places and len(t.shape) == len(result.shape)
     ]
     return [kernel.places[t].load for t in alike if all(map(same, t.shape, result.shape))]

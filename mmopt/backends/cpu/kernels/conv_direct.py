@@ -23,7 +23,7 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor, index
-from mmopt.backends.cpu.kernels.conv import Window, kind_for, long_epilogue, spread, written_with
+from mmopt.backends.cpu.kernels.conv import Window, kind_for, long_epilogue, read_with, spread
 from mmopt.backends.cpu.kernels.conv_patches import Patch
 from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
 from mmopt.backends.cpu.loops import at_index, flat_index, i64, loop, product, seq, split_index, static, when
@@ -45,6 +45,7 @@ class DirectConvolution(LoopNest):
         window: Geometry.
         patch: Blocking; its lanes are the block of the result.
         plain: Whether ``x`` has no block axis.
+        result_block: Channels of one block of the result, a part of the patch's lanes; all of them when 0.
         flat: All taps and strides are one, so that all spatial axes are walked as a single one.
     """
 
@@ -61,6 +62,7 @@ class DirectConvolution(LoopNest):
         window: Window,
         patch: Patch,
         plain: bool,
+        result_block: int = 0,
         flat: bool = False,
     ) -> None:
         super().__init__()
@@ -68,8 +70,9 @@ class DirectConvolution(LoopNest):
         self.x, self.filters, self.window, self.patch = x, filters, window, patch
         self.channels, self.groups, self.block, self.plain, self.flat = channels, groups, block, plain, flat
         self.space = window.output(x.shape[2:] if plain else x.shape[2:-1])
-        blocks = -(-channels // patch.lanes)
-        self.output = self.result((x.shape[0], index(blocks), *self.space, index(patch.lanes)), x.dtype)
+        self.result_block = result_block or patch.lanes
+        blocks = -(-channels // self.result_block)
+        self.output = self.result((x.shape[0], index(blocks), *self.space, index(self.result_block)), x.dtype)
         walked = (simplify(product(self.space)),) if flat else self.space
         *self.outer, self.lines, self.width = (i64(1), *walked)[-max(2, len(walked)) :]
         self.depth = filters.shape[1:-1] if block > 1 else filters.shape[1:-2]
@@ -88,7 +91,7 @@ class DirectConvolution(LoopNest):
     def emit(self, kernel: Any, sinks: Sequence[Sink]) -> Stmt:
         """One parallel loop over parts of the positions × panels of channels × tiles of a part."""
         buffered = long_epilogue(kernel, self.output)
-        written = written_with(kernel, self.output) if self.patch.ahead else []
+        added = read_with(kernel, self.output) if self.patch.ahead else []
         places = (self.x.shape[0], *self.outer, self.strips, self.tiles)
         count, panels, parts = simplify(product(places)), self.filters.shape[0], self.patch.parts
         known = static(count)
@@ -99,7 +102,7 @@ class DirectConvolution(LoopNest):
             place = simplify(part * each + number)
 
             def tile(image: Expr, *at: Expr) -> Stmt:
-                run = _Tile(self, sinks[0], panel, image, at[:-2], number, each, buffered, written)
+                run = _Tile(self, sinks[0], panel, image, at[:-2], number, each, buffered, added)
                 return run.emit(*at[-2:])
 
             emitted = at_index(place, places, tile)
@@ -118,7 +121,7 @@ class _Tile:
         outer: Position on all spatial axes but the last two.
         number: Which tile of its part this is.
         count: Tiles of the part.
-        written: Reads an element at the same place of each tensor that is written or read along with the results.
+        added: Reads an element at the same place of each tensor that is read along with the results.
     """
 
     nest: DirectConvolution
@@ -129,14 +132,14 @@ class _Tile:
     number: Expr
     count: Expr
     buffered: bool
-    written: list[Callable[..., Expr]]
+    added: list[Callable[..., Expr]]
 
     def __post_init__(self) -> None:
         nest = self.nest
         self.group = tirx.floordiv(self.panel, i64(nest.per_group))
         number = tirx.floormod(self.panel, i64(nest.per_group))
         first = self.group * (nest.channels // nest.groups) + number * nest.patch.columns
-        self.first_block = simplify(tirx.floordiv(first, i64(nest.patch.lanes)))
+        self.first_block = simplify(tirx.floordiv(first, i64(nest.result_block)))
 
     def emit(self, strip: Expr, tile: Expr) -> Stmt:
         """A whole panel, or the last of a group, which may be narrower."""
@@ -197,7 +200,8 @@ class _Tile:
         nest, lanes = self.nest, self.nest.patch.lanes
         left = None if limit is None else limit - x
         steps = STEPS if nest.block > 1 else 1
-        tile = RegisterTile(nest.output.dtype, height * width, used, lanes, left, self.buffered, steps=steps)
+        dtype, together = nest.output.dtype, nest.result_block
+        tile = RegisterTile(dtype, height * width, used, lanes, left, self.buffered, steps=steps, handed=together)
 
         def at(i: Expr) -> tuple[Expr, Expr]:
             return (y, x + i) if height == 1 else (y + tirx.floordiv(i, i64(width)), x + tirx.floormod(i, i64(width)))
@@ -220,7 +224,7 @@ class _Tile:
             return seq(
                 *(self._next_inputs(k, further, width) if nest.patch.inputs else ()),
                 *self._next_filters(k, tile.steps),
-                *self._results(k, tile.steps, lambda i, n: result(i, n, i64(0)), height * width, len(used)),
+                *self._added(k, tile.steps, lambda i, n: result(i, n, i64(0)), height * width, sum(used)),
             )
 
         hook = ahead if nest.patch.ahead and nest.block > 1 and limit is None else None
@@ -247,10 +251,12 @@ class _Tile:
         last = [extent - 1 for extent in nest.depth[1:-1]]
         y, x = start
 
-        def element(n: Expr) -> Expr:
-            return self._input(y, x + n, (k[0], *last[:-1], i64(0), i64(0)))
+        apart = nest.patch.of_a_line(nest.x.dtype, nest.block)
 
-        return spread(width, rounds, number, element)
+        def element(n: Expr) -> Expr:
+            return self._input(y, x + n * apart, (k[0], *last[:-1], i64(0), i64(0)))
+
+        return spread(-(-width // apart), rounds, number, element)
 
     def _next_filters(self, k: Sequence[Expr], steps: int) -> list[Stmt]:
         """This tile's share of the next panel, at the place that is in use of its own panel.
@@ -258,7 +264,7 @@ class _Tile:
         The first tile's share touches all of the panel here and there, so that the hardware fetches the rest.
         """
         patch = self.nest.patch
-        apart = patch.vectors_of_a_line(self.nest.filters.dtype)
+        apart = patch.of_a_line(self.nest.filters.dtype, patch.lanes)
         lines = steps * -(-patch.vectors // apart)
 
         def element(n: Expr) -> Expr:
@@ -267,18 +273,20 @@ class _Tile:
 
         return spread(lines, self.count, tirx.floormod(self.number, i64(lines)), element)
 
-    def _results(
-        self, k: Sequence[Expr], steps: int, place: Callable[[Expr, Expr], tuple[Expr, ...]], rows: int, vectors: int
+    def _added(
+        self, k: Sequence[Expr], steps: int, place: Callable[[Expr, Expr], tuple[Expr, ...]], rows: int, columns: int
     ) -> list[Stmt]:
-        """Where results go to, and what is added to them on the way."""
-        extents = (*self.nest.depth[:-1], i64(self.nest.block // steps))
+        """What is added to results on the way, or else goes into what is made of them."""
+        extents, block = (*self.nest.depth[:-1], i64(self.nest.block // steps)), self.nest.result_block
         number = flat_index(k, extents)
+        apart, blocks = self.nest.patch.of_a_line(self.nest.output.dtype, block), -(-columns // block)
+        lines = -(-rows // apart)
         made: list[Stmt] = []
-        for read in self.written:
+        for read in self.added:
 
             def element(n: Expr, read: Callable[..., Expr] = read) -> Expr:
-                vector, row = split_index(n, (i64(vectors), i64(rows)))
-                return read(place(row, vector))
+                vector, line = split_index(n, (i64(blocks), i64(lines)))
+                return read(place(line * apart, vector))
 
-            made += spread(rows * vectors, simplify(product(extents)), number, element)
+            made += spread(lines * blocks, simplify(product(extents)), number, element)
         return made

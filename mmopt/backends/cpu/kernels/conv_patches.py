@@ -37,7 +37,7 @@ class Patch:
         vectors: Vectors of output channels; they make up a panel of the packed weights.
         lanes: Lanes of a vector.
         parts: Parts of the positions, in the order of tasks: all panels of weights walk one part before the next.
-        ahead: Whether the next panel, and memory for the results, are prefetched.
+        ahead: Whether the next panel, and what is added to the results, are prefetched.
         inputs: Whether the inputs of the next tile are prefetched too.
     """
 
@@ -54,9 +54,10 @@ class Patch:
         """Output channels of a tile."""
         return self.vectors * self.lanes
 
-    def vectors_of_a_line(self, dtype: str) -> int:
-        """Vectors that share a cache line."""
-        return max(1, LINE // (self.lanes * itemsize(dtype)))
+    @staticmethod
+    def of_a_line(dtype: str, elements: int) -> int:
+        """Blocks of so many elements that share a cache line."""
+        return max(1, LINE // (elements * itemsize(dtype)))
 
 
 @dataclasses.dataclass(frozen=True)

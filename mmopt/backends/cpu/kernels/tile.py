@@ -35,7 +35,7 @@ ReadB = Callable[..., Expr]
 """``b(vector, lane, *k)``: the element of a lane of a vector of columns."""
 
 Deliver = Callable[..., Stmt]
-"""``deliver(row, vector, lane, value)``: the statement that consumes one result."""
+"""``deliver(row, vector, lane, value)``: the statement that consumes one result; see ``RegisterTile.handed``."""
 
 Ahead = Callable[..., Stmt]
 """``ahead(*k)``: what is done besides in each round of the loop over the depth, such as fetching what comes next."""
@@ -101,6 +101,8 @@ class RegisterTile:
         scratch: Memory of ``rows × width`` elements for ``buffered``; the tile allocates its own when there is none.
         whole: Vectors are summed whole where fewer lanes are used; the right operand must be readable there.
         columns: Columns that are really there, when that is only known at run time; goes with ``buffered``.
+        handed: Lanes that are handed over together, and that vectors are counted in then; ``lanes`` when 0, else a part
+            of them that divides the width of the tile.
     """
 
     dtype: str
@@ -114,8 +116,11 @@ class RegisterTile:
     scratch: tirx.Buffer | None = None
     whole: bool = False
     columns: Expr | None = None
+    handed: int = 0
 
     def __post_init__(self) -> None:
+        self.handed = self.handed or self.lanes
+        self._pieces = spans(sum(self.spans), self.handed)
         self._summed = [self.lanes] * len(self.spans) if self.whole else self.spans
         self.width = sum(self._summed)
         chains = self.chains or self.rows * len(self.spans)
@@ -253,26 +258,26 @@ class RegisterTile:
 
     def _hand(self, deliver: Deliver) -> Stmt:
         def hand(i: int, n: int, v: Expr) -> Stmt:
-            return deliver(i64(i), i64(n), v, self._get(i, n, v))
+            return deliver(i64(i), i64(n), v, self.acc[0][i][i64(n * self.handed) + v])
 
         if self.limit is None:
-            return seq(*(self._row(i, hand, self.spans) for i in range(self.rows)))
-        return seq(*(when(i64(i) < self.limit, self._row(i, hand, self.spans)) for i in range(self.rows)))
+            return seq(*(self._row(i, hand, self._pieces) for i in range(self.rows)))
+        return seq(*(when(i64(i) < self.limit, self._row(i, hand, self._pieces)) for i in range(self.rows)))
 
     def _through_memory(self, deliver: Deliver) -> Stmt:
         copy, save = self._saved()
 
         def vector(i: Expr, n: Expr, used: int | Expr, kind: str = "vectorized") -> Stmt:
-            return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.lanes + v]), kind, "v")
+            return loop(used, lambda v: deliver(i, n, v, copy[i * self.width + n * self.handed + v]), kind, "v")
 
         def row(i: Expr) -> Stmt:
             if self.columns is not None:
                 whole = tirx.floordiv(self.columns, i64(self.lanes))
                 main = loop(whole, lambda n: vector(i, n, self.lanes), name="n")
                 return seq(main, vector(i, whole, self.columns - whole * self.lanes, "serial"))
-            full = sum(used == self.lanes for used in self.spans)
-            main = loop(full, lambda n: vector(i, n, self.lanes), name="n")
-            return seq(main, vector(i, i64(full), self.spans[-1]) if full < len(self.spans) else None)
+            full = sum(used == self.handed for used in self._pieces)
+            main = loop(full, lambda n: vector(i, n, self.handed), name="n")
+            return seq(main, vector(i, i64(full), self._pieces[-1]) if full < len(self._pieces) else None)
 
         return seq(save, loop(self._count(), row, name="i"))
 
