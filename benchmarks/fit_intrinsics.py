@@ -120,6 +120,10 @@ def main() -> None:
 
     show("EXP2_COARSE", fit(exp2_tail, -0.5, 0.5, 2, lambda r: np.abs(r) * 2.0**-r + 1e-9))
 
+    # 2^r on 0 <= r < 1, fine and before rounding to bfloat16
+    for name, degree in (("EXP2_FRACTION", 6), ("EXP2_FRACTION_COARSE", 3)):
+        show(name, fit(lambda r: 2.0**r, 0.0, 1.0, degree, lambda r: 2.0**-r, rounds=400))
+
     # tanh(x) = x + x³ p(x²) on |x| <= 0.625
     def tanh_tail(s: np.ndarray) -> np.ndarray:
         x = np.sqrt(s)

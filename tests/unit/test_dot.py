@@ -15,6 +15,7 @@ from tvm import tirx
 from mmopt.backends.cpu.dot import (
     Dot,
     MicroKernel,
+    TilePanels,
     address,
     configure_tiles,
     dot_for,
@@ -217,3 +218,46 @@ def test_packed_panels_hold_groups_of_depth(level: str, group: int) -> None:
         for n in range(32):
             want = b[k, n] if k < 5 and n < 18 else 0
             assert panels[n // 16, k // group, n % 16, k % group] == want
+
+
+AMX = "sapphirerapids"
+
+
+@pytest.mark.parametrize(
+    ("rows", "steps", "panels", "accumulate"), [(32, 2, 3, False), (9, 1, 2, False), (20, 3, 2, True)]
+)
+def test_panels_of_amx(rows: int, steps: int, panels: int, accumulate: bool) -> None:
+    """All panels of a product in one call, for each of two types."""
+    profile = load_profile(AMX)
+    if missing := missing_features(profile.features, running_features()):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    request_permissions(profile.features, where=AMX)
+    random = np.random.default_rng(0)
+    for dot in (dot_of(AMX, "bfloat16", "bfloat16"), dot_of(AMX, "uint8", "int8")):
+        kernel = TilePanels(dot, rows, steps, accumulate)
+        depth, columns = steps * dot.step, 32 * panels
+        a, b = numbers(random, dot.a, (rows, depth)), numbers(random, dot.b, (depth, columns))
+        c = numbers(random, "int8", (rows, columns)).astype(dot.total)
+        want = (c.astype(np.float64) if accumulate else 0) + exact(a, dot.a) @ exact(b, dot.b)
+        packed = pack(b, dot, 32)
+        shapes = [(a.shape, stored(dot.a)), (packed.shape, stored(dot.b)), (c.shape, dot.total)]
+        buffers = [tirx.decl_buffer([i64(n) for n in shape], dtype) for shape, dtype in shapes]
+        x, y, z = (address(buffer[tuple(i64(0) for _ in buffer.shape)]) for buffer in buffers)
+        call = kernel.call(z, columns * 4, x, a.nbytes // rows, y, packed[0].nbytes, panels)
+        body = importing([kernel], seq(configure_tiles(rows), call, release_tiles()))
+        attributes = {"tirx.noalias": True, "s_tir": True, "tirx.is_scheduled": True, "global_symbol": "f"}
+        function = tirx.PrimFunc(buffers, body).with_attr(attributes)
+        with code_generation():
+            module = tvm.compile(tvm.IRModule({"f": function}), target=target_of(profile))
+        out = tvm.runtime.tensor(c)
+        module["f"](tvm.runtime.tensor(a), tvm.runtime.tensor(packed), out)
+        np.testing.assert_allclose(out.numpy(), want, rtol=1e-5, atol=1e-4 * depth**0.5)
+
+
+def test_the_next_panel_is_loaded_before_this_one_is_stored() -> None:
+    dot = dot_of(AMX, "bfloat16", "bfloat16")
+    for kernel in (TilePanels(dot, 32, 2), TilePanels(dot, 32, 4, accumulate=True)):
+        panel = kernel.llvm().split("panel:")[1]
+        ahead, stored_at = panel.rindex("llvm.x86.tileload"), panel.rindex("llvm.x86.tilestored64(i8")
+        assert "%bnext, i64" in panel[:stored_at]
+        assert ahead < stored_at

@@ -15,6 +15,7 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Map, Source
 from mmopt.backends.cpu import intrinsics
+from mmopt.backends.cpu.avx512 import has_bfloat16
 from mmopt.backends.cpu.emit import KernelEmitter
 from mmopt.backends.cpu.loops import keep, loop, seq
 from mmopt.backends.cpu.pipeline import code_generation, target_of
@@ -180,5 +181,5 @@ def test_rounding_to_bfloat16() -> None:
     y = tvm.runtime.tensor(np.zeros(x.shape, ml_dtypes.bfloat16))
     compiled["f"](tvm.runtime.tensor(x), y)
     np.testing.assert_array_equal(y.numpy().astype(np.float32), x.astype(ml_dtypes.bfloat16).astype(np.float32))
-    if intrinsics.has_bfloat16(native_profile()):
+    if has_bfloat16(native_profile()):
         assert "vcvtneps2bf16" in compiled.mod.inspect_source("asm")

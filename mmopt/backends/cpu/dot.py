@@ -26,7 +26,8 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.arm.dot import LANES, neon_choice, rows_that_fit
-from mmopt.backends.cpu.dot_code import TILE_BYTES, TILE_ROWS, micro_kernel, tile_functions, tile_phases
+from mmopt.backends.cpu.amx_code import TILE_BYTES, TILE_ROWS, tile_functions, tile_panels, tile_phases
+from mmopt.backends.cpu.dot_code import micro_kernel
 from mmopt.backends.profile import Profile
 
 
@@ -298,6 +299,51 @@ class TilePhases:
         return tirx.Evaluate(tirx.call_extern("int32", f"{self.name}_end", c, _number(c_stride)))
 
 
+@dataclasses.dataclass(frozen=True)
+class TilePanels:
+    """An AMX kernel for one block of rows and panel after panel, each of 32 columns.
+
+    A load that follows a store waits for it. So what the next products need is loaded before results are stored.
+
+    Attributes:
+        dot: The instruction.
+        rows: Rows of the block, at most 32.
+        steps: Steps of the depth. With one or two, all of A stays in tiles.
+        accumulate: Whether the sums start from what C holds, and not from zero.
+    """
+
+    dot: Dot
+    rows: int
+    steps: int
+    accumulate: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the function; equal for equal kernels only."""
+        blocks, flag = -(-self.rows // TILE_ROWS), "_add" if self.accumulate else ""
+        return f"mmopt_{self.dot.name}_panels_{blocks}x{self.steps}{flag}"
+
+    def llvm(self) -> str:
+        """The function's text."""
+        return tile_panels(self)
+
+    def call(self, c: Expr, c_stride: int, a: Expr, a_stride: int, b: Expr, b_stride: int, panels: int) -> Stmt:
+        """The statement that computes all panels. Strides are in bytes.
+
+        Args:
+            c: Address of the first panel's sums; those of the next one stand beside them.
+            c_stride: From one of its rows to the next.
+            a: Address of the first row of A.
+            a_stride: From one row of A to the next.
+            b: Address of the first panel.
+            b_stride: From one panel to the next.
+            panels: How many.
+        """
+        strides = [_number(n) for n in (c_stride, a_stride, b_stride)]
+        arguments = [c, strides[0], a, strides[1], b, strides[2], _number(panels)]
+        return tirx.Evaluate(tirx.call_extern("int32", self.name, *arguments))
+
+
 def address(load: Expr) -> Expr:
     """Address of the element that ``load`` would read."""
     return tirx.address_of(load)
@@ -333,7 +379,7 @@ def importing(kernels: Iterable[Code], body: Stmt) -> Stmt:
     """``body`` with the code of ``kernels`` at hand."""
     wanted = list(dict.fromkeys(kernels))
     texts = [k.llvm() for k in wanted]
-    if any(isinstance(k, MicroKernel | TilePhases) and k.dot.tiled for k in wanted):
+    if any(isinstance(k, MicroKernel | TilePhases | TilePanels) and k.dot.tiled for k in wanted):
         texts.append(tile_functions())
     for text in texts:
         body = tirx.AttrStmt(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(text), body)

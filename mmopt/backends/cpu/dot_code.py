@@ -10,13 +10,7 @@ from mmopt.backends.arm.dot import MATRICES
 from mmopt.backends.expressions import itemsize
 
 if TYPE_CHECKING:
-    from mmopt.backends.cpu.dot import MicroKernel, TilePhases
-
-TILE_ROWS = 16
-"""Rows of an AMX tile."""
-
-TILE_BYTES = 64
-"""Bytes in a row of an AMX tile."""
+    from mmopt.backends.cpu.dot import MicroKernel
 
 _HEADER = (
     "define i32 @{name}(ptr %c, i32 %cs32, ptr %a, i32 %as32, ptr %b, i32 %steps32, i32 %segments32, ptr %offsets, "
@@ -67,7 +61,7 @@ def micro_kernel(kernel: MicroKernel) -> str:
     )
 
 
-def _writer(kernel: MicroKernel) -> type[_Kernel]:
+def _writer(kernel: MicroKernel) -> type[KernelText]:
     if kernel.dot.neon:  # Arm's are made of what is below
         from mmopt.backends.arm.dot_code import NeonVectors
         from mmopt.backends.arm.matrix_code import NeonMatrices
@@ -76,10 +70,14 @@ def _writer(kernel: MicroKernel) -> type[_Kernel]:
         if kernel.dot.name == "sdot":
             return NeonDots
         return NeonMatrices if kernel.dot.name in MATRICES else NeonVectors
-    return _Tiles if kernel.dot.tiled else Vectors
+    if kernel.dot.tiled:
+        from mmopt.backends.cpu.amx_code import Tiles
+
+        return Tiles
+    return Vectors
 
 
-class _Kernel:
+class KernelText:
     """Loops over segments and steps around what one step does. Sums are loop-carried values named by ``carried``.
 
     Attributes:
@@ -181,7 +179,7 @@ class _Kernel:
             self.w.line(f"  call void @llvm.prefetch.p0(ptr {where}, i32 0, i32 2, i32 1)")
 
 
-class Vectors(_Kernel):
+class Vectors(KernelText):
     """Sums in vector registers; A is broadcast, one group at a time."""
 
     def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
@@ -273,117 +271,3 @@ class Vectors(_Kernel):
         result = self.sum_type
         w.declare(f"{result} @{name}({result}, {vector}{kind}, {vector}{kind})")
         return w.let(f"call {result} @{name}({result} {total}, {vector}{kind} {a}, {vector}{kind} {b})")
-
-
-class _Tiles(_Kernel):
-    """Sums in AMX tiles 0 to 3, two rows of tiles by two columns; 4 and 5 hold A, 6 and 7 hold B."""
-
-    def __init__(self, kernel: MicroKernel, writer: Writer) -> None:
-        super().__init__(kernel, writer)
-        self.blocks = -(-kernel.rows // TILE_ROWS)
-        for name, arguments in (("tilezero", "i8 immarg"), ("tileloadd64", "i8 immarg, ptr, i64")):
-            writer.declare(f"void @llvm.x86.{name}({arguments})")
-        writer.declare("void @llvm.x86.tilestored64(i8 immarg, ptr, i64)")
-        writer.declare(f"void @llvm.x86.{self.dot.name}(i8 immarg, i8 immarg, i8 immarg)")
-
-    def _each(self) -> list[tuple[int, int]]:
-        return [(r, v) for r in range(self.blocks) for v in range(self.kernel.vectors)]
-
-    def _below(self, base: str, stride: str, block: int) -> str:
-        """Address of the first row of a block of rows."""
-        if not block:
-            return base
-        return self.w.at(base, self.w.let(f"mul i64 {stride}, {TILE_ROWS * block}"))
-
-    def start(self) -> list[tuple[str, str]]:
-        for r, v in self._each():
-            if self.kernel.accumulate:
-                place = self.w.at(self._below("%c", "%cs", r), v * TILE_BYTES)
-                self.w.line(f"  call void @llvm.x86.tileloadd64(i8 {2 * r + v}, ptr {place}, i64 %cs)")
-            else:
-                self.w.line(f"  call void @llvm.x86.tilezero(i8 {2 * r + v})")
-        return []
-
-    def step(self, a: str, b: str, sums: Sequence[str]) -> list[str]:
-        w, row = self.w, self.kernel.vectors * TILE_BYTES
-        for v in range(self.kernel.vectors):
-            w.line(f"  call void @llvm.x86.tileloadd64(i8 {6 + v}, ptr {w.at(b, v * TILE_BYTES)}, i64 {row})")
-        for r in range(self.blocks):
-            w.line(f"  call void @llvm.x86.tileloadd64(i8 {4 + r}, ptr {self._below(a, '%as', r)}, i64 %as)")
-            for v in range(self.kernel.vectors):
-                w.line(f"  call void @llvm.x86.{self.dot.name}(i8 {2 * r + v}, i8 {4 + r}, i8 {6 + v})")
-        return []
-
-    def one_step(self, near: bool) -> None:
-        """A step by itself."""
-        self._prefetch()
-        if near:
-            self._fetch_rows("%near")
-        self.step("%ak", "%bk", [])
-
-    def _fetch_rows(self, row: str) -> None:
-        self.w.declare("void @llvm.prefetch.p0(ptr, i32, i32, i32)")
-        for _ in range(self.blocks * TILE_ROWS):
-            self.w.line(f"  call void @llvm.prefetch.p0(ptr {row}, i32 0, i32 3, i32 1)")
-            row = self.w.at(row, "%as")
-
-    def finish(self, sums: Sequence[str]) -> None:
-        for r, v in self._each():
-            place = self.w.at(self._below("%c", "%cs", r), v * TILE_BYTES)
-            self.w.line(f"  call void @llvm.x86.tilestored64(i8 {2 * r + v}, ptr {place}, i64 %cs)")
-
-
-@functools.cache
-def tile_phases(kernel: TilePhases) -> str:
-    """Three functions: ``begin()``, ``step(a, stride of a, b, ahead, near)`` and ``end(c, stride of c)``."""
-    w = Writer()
-    whole = kernel.whole
-    tiles = _Tiles(whole, w)
-    parts = (
-        ("begin", "", lambda: tiles.start()),
-        ("step", "ptr %ak, i32 %as32, ptr %bk, ptr %pk, ptr %near", lambda: tiles.one_step(kernel.near)),
-        ("end", "ptr %c, i32 %cs32", lambda: tiles.finish([])),
-    )
-    for name, parameters, body in parts:
-        w.line(f"define i32 @{kernel.name}_{name}({parameters}) alwaysinline {{")
-        for stride in ("as", "cs"):
-            if f"%{stride}32" in parameters:
-                w.line(f"  %{stride} = sext i32 %{stride}32 to i64")
-        body()
-        w.line("  ret i32 0")
-        w.line("}")
-    return "\n".join([*w.lines, *w.declared, ""])
-
-
-@functools.cache
-def tile_functions() -> str:
-    """Functions that shape and release tiles: palette 1, rows at byte 48 + n, bytes of a row at 16 + 2n."""
-    w = Writer()
-    w.line("define i32 @mmopt_configure_tiles(i32 %rows, i32 %step) alwaysinline {")
-    w.line("  %m = alloca [64 x i8], align 64")
-    w.line("  store <64 x i8> zeroinitializer, ptr %m, align 64")
-    w.line("  store i8 1, ptr %m")
-    w.line("  %first = call i32 @llvm.umin.i32(i32 %rows, i32 16)")
-    w.line("  %left = sub i32 %rows, %first")
-    w.line("  %second = call i32 @llvm.umax.i32(i32 %left, i32 1)")
-    w.line("  %depth = udiv i32 %step, 4")
-    for name in ("first", "second", "depth"):
-        w.line(f"  %{name}8 = trunc i32 %{name} to i8")
-    w.line("  %step16 = trunc i32 %step to i16")
-    for tile in range(8):
-        rows = "%depth8" if tile >= 6 else "%second8" if tile in (2, 3, 5) else "%first8"
-        width = "%step16" if tile in (4, 5) else str(TILE_BYTES)
-        w.line(f"  store i8 {rows}, ptr {w.at('%m', 48 + tile)}")
-        w.line(f"  store i16 {width}, ptr {w.at('%m', 16 + 2 * tile)}")
-    w.line("  call void @llvm.x86.ldtilecfg(ptr %m)")
-    w.line("  ret i32 0")
-    w.line("}")
-    w.line("define i32 @mmopt_release_tiles() alwaysinline {")
-    w.line("  call void @llvm.x86.tilerelease()")
-    w.line("  ret i32 0")
-    w.line("}")
-    for declared in ("i32 @llvm.umin.i32(i32, i32)", "i32 @llvm.umax.i32(i32, i32)"):
-        w.line(f"declare {declared}")
-    w.line("declare void @llvm.x86.ldtilecfg(ptr)")
-    w.line("declare void @llvm.x86.tilerelease()")
-    return "\n".join([*w.lines, ""])

@@ -17,7 +17,7 @@ from tvm.tirx import Stmt
 from tvm_ffi import structural_hash
 
 from mmopt.backends.compute import LoopNest, LoopResult, Map, Reduction, Sink, Source, Tensor, loading_with
-from mmopt.backends.cpu import intrinsics
+from mmopt.backends.cpu import avx512
 from mmopt.backends.cpu.collapse import collapse, expand
 from mmopt.backends.cpu.dot import importing
 from mmopt.backends.cpu.loops import i64, keep, loop, product, seq, split_index, static, when
@@ -114,7 +114,7 @@ class KernelEmitter:
         self.places: dict[Tensor, Place] = {}
         self._overrides: dict[Tensor, tuple[tuple[Expr, ...], Expr]] = {}
         self._scopes: list[_Scope] = []
-        self._imported: intrinsics.Rounding | None = None
+        self._imported: avx512.Avx512 | None = None
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class KernelEmitter:
         scope = self._scopes[-1] if self._scopes else _Scope(bind=False)
         if self.profile.kind == "arm":
             value = rectified(value)
-        if intrinsics.has_bfloat16(self.profile):
+        if avx512.has_bfloat16(self.profile):
             value = narrowed(value, self._bfloat16_bits)
         if not scope.bind:
             return value
@@ -160,8 +160,8 @@ class KernelEmitter:
         return untangled(value, before)
 
     def _bfloat16_bits(self, value: Expr) -> Expr:
-        self._imported = intrinsics.Rounding()
-        return intrinsics.bfloat16_bits(value)
+        self._imported = avx512.Avx512()
+        return avx512.bfloat16_bits(value)
 
     @contextlib.contextmanager
     def guarded(self) -> Iterator[None]:

@@ -9,15 +9,13 @@ The polynomials were fitted for this file; ``benchmarks/fit_intrinsics.py`` reco
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 
-import tvm_ffi
 from tvm import tirx
-from tvm.ir import Call, Expr, Op, PrimType, register_op_attr
+from tvm.ir import Call, Expr, Op
 
-from mmopt.backends.profile import Profile
+from mmopt.backends.cpu.avx512 import add_operation, fraction, raised
 
 _EXP = (
     0.5,
@@ -83,6 +81,19 @@ _EXP2 = (
 EXP2_COARSE = (1.0, 0.6932829022407532, 0.24221095442771912, 0.05500892922282219)
 """Within 1.1e-4 of 2^r: a twentieth of what rounding to bfloat16 costs."""
 
+_EXP2_FRACTION = (
+    1.0,
+    0.6931470036506653,
+    0.24022983014583588,
+    0.055483341217041016,
+    0.009678840637207031,
+    0.0012439688434824347,
+    0.00021702254889532924,
+)
+
+EXP2_FRACTION_COARSE = (0.9999251961708069, 0.6958335638046265, 0.22606715559959412, 0.07802452147006989)
+"""Within 7.5e-5 of 2^r for r from 0 to 1."""
+
 _NORMAL = (
     -0.9999999403953552,
     -1.1511070728302002,
@@ -109,9 +120,6 @@ _NORMAL_COARSE = (
 
 _LN2_HIGH, _LN2_LOW = 0.693145751953125, 1.428606765330187e-06
 """ln 2 in two parts; the first has few bits, so that its product with a small integer is exact."""
-
-_PURE = 1
-"""``CallEffectKind::kPure`` of TVM: equal calls have equal results, and unused ones can go."""
 
 _SQRT_HALF_BITS = 0x3F3504F3
 
@@ -177,8 +185,8 @@ def exp(x: Expr) -> Expr:
     return _let(x, whole)
 
 
-def exp2_below_zero(x: Expr, keep: Keep, coefficients: Sequence[float] = _EXP2) -> Expr:
-    """2^x for x ≤ 0, the exponential of a softmax: within 2 units in the last place down to 2^-126, 0 from 2^-127 on.
+def exp2_below_zero(x: Expr, keep: Keep, *, coarse: bool = False, scaling: bool = False) -> Expr:
+    """2^x for x ≤ 0, the exponential of a softmax: within 2 units in the last place down to 2^-126, 0 from 2^-150 on.
 
     Half the instructions of :func:`exp`: adding 1.5 · 2^23 leaves round(x) in the last bits of the sum, from where a
     shift puts it into the exponent. At −127, where smaller numbers are cut off, that gives the bits of zero.
@@ -186,12 +194,19 @@ def exp2_below_zero(x: Expr, keep: Keep, coefficients: Sequence[float] = _EXP2) 
     Args:
         x: A float32 expression.
         keep: Stores a value for repeated use and gives the expression that reads it.
-        coefficients: Of a polynomial near 2^r for |r| ≤ ½ that is 1 at 0; :data:`EXP2_COARSE` does before rounding.
+        coarse: Whether a relative error of 1.1e-4 will do: a twentieth of what rounding to bfloat16 costs.
+        scaling: Whether to use instructions of AVX-512 (:func:`mmopt.backends.cpu.avx512.has_scaling`), which take a
+            number apart and put it together in one each.
     """
+    if scaling:
+        x = keep(x)
+        coefficients = EXP2_FRACTION_COARSE if coarse else _EXP2_FRACTION
+        return raised(_polynomial(keep(fraction(x)), coefficients), x)
     magic = _c(x, 12582912.0)
     x = keep(tirx.max(_c(x, -127.0), x))  # in this order NaN stays NaN
     rounded = keep(x + magic)
-    return _raised(keep(_polynomial(keep(x - (rounded - magic)), coefficients)), rounded)
+    rest = keep(x - (rounded - magic))
+    return _raised(keep(_polynomial(rest, EXP2_COARSE if coarse else _EXP2)), rounded)
 
 
 def _raised(value: Expr, rounded: Expr) -> Expr:
@@ -206,7 +221,7 @@ def _gelu(x: Expr, tail: Sequence[float], power: Sequence[float]) -> Expr:
     Args:
         x: A float32 expression.
         tail: Coefficients of log2 Φ(−a).
-        power: As for :func:`exp2_below_zero`.
+        power: Coefficients of a polynomial near 2^r for |r| ≤ ½ that is 1 at 0.
     """
     magic = _c(x, 12582912.0)
 
@@ -369,56 +384,6 @@ _GELU: dict[str, Callable[[Expr], Expr]] = {
 """Functions that TVM has no name for."""
 
 
-_BFLOAT16 = "tirx.mmopt_bfloat16"
-
-
-def has_bfloat16(profile: Profile) -> bool:
-    """Whether the target has an instruction that rounds whole vectors to bfloat16."""
-    return profile.vector_bytes == 64 and "avx512_bf16" in profile.features
-
-
-def bfloat16_bits(x: Expr) -> Expr:
-    """The bits of a float32 expression rounded to bfloat16, halves to even, as uint16; NaN stays NaN.
-
-    On whole vectors one instruction in place of seven; it takes numbers below 1.2e-38 for zero. The kernel must import
-    :class:`Rounding`.
-    """
-    register()
-    return Call(Op.get(_BFLOAT16), [x], ret_ty=PrimType("uint16"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Rounding:
-    """The function behind :func:`bfloat16_bits`."""
-
-    def llvm(self) -> str:
-        """Its text."""
-        narrow = "<16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>"
-        return (
-            f"declare {narrow})\n"
-            "define <16 x i16> @mmopt_bfloat16(<16 x float> %x) alwaysinline {\n"
-            f"  %y = call {narrow} %x)\n"
-            "  %bits = bitcast <16 x bfloat> %y to <16 x i16>\n"
-            "  ret <16 x i16> %bits\n"
-            "}\n"
-        )
-
-
-def _lower_bfloat16(call: Call) -> Expr:
-    x = call.args[0]
-    kind = str(x.ty)
-    if kind == "float32x16":
-        return tirx.call_pure_extern("uint16x16", "mmopt_bfloat16", x)
-    bits = tirx.reinterpret(kind.replace("float32", "uint32"), x)
-
-    def number(value: int) -> Expr:
-        return tirx.const(value, str(bits.ty))
-
-    odd = tirx.bitwise_and(tirx.shift_right(bits, number(16)), number(1))
-    rounded = tirx.shift_right(bits + odd + number(0x7FFF), number(16))
-    return tirx.Select(x.equal(x), rounded, number(0x7FC0)).astype(kind.replace("float32", "uint16"))
-
-
 def gelu(x: Expr, coarse: bool = False) -> Expr:
     """Gelu by one exponential: half the instructions of the formula with erf. For targets of LLVM only.
 
@@ -456,13 +421,4 @@ def register() -> None:
     for name in _FLOAT32:
         tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=functools.partial(_lower, name), level=99)
     for name, function in _GELU.items():
-        _add(name, lambda call, made=function: made(call.args[0]))  # type: ignore[misc]
-    _add(_BFLOAT16, _lower_bfloat16)
-
-
-def _add(name: str, lower: Callable[[Call], Expr]) -> None:
-    """Make a function of one operand known to TVM."""
-    tvm_ffi.get_global_func("ir.RegisterOp")(name, "a function of mmopt")
-    register_op_attr(name, "TCallEffectKind", _PURE)
-    register_op_attr(name, "TVectorizable", True)
-    tirx.op.register_intrin_lowering(name, target="llvm", f=lower, level=99)
+        add_operation(name, lambda call, made=function: made(call.args[0]))  # type: ignore[misc]

@@ -10,6 +10,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
+from mmopt.backends.cpu.avx512 import has_scaling
 from mmopt.backends.cpu.intrinsics import exp2_below_zero
 from mmopt.backends.cpu.kernels.attention_blocking import value_tile
 from mmopt.backends.cpu.kernels.tile import RegisterTile, spans
@@ -265,7 +266,8 @@ class Tile:
             statements.append(statement)
             return kept
 
-        value = exp2_below_zero(difference * task.number(LOG2_E) if task.natural else difference, stored)
+        power = difference * task.number(LOG2_E) if task.natural else difference
+        value = exp2_below_zero(power, stored, scaling=has_scaling(task.kernel.profile))
         return seq(*statements), value
 
     def _exponentials(self, i: Expr) -> Stmt:

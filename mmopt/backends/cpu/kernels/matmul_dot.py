@@ -20,6 +20,7 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor
+from mmopt.backends.cpu.amx_code import TILE_ROWS
 from mmopt.backends.cpu.choosing import Candidate, Workload
 from mmopt.backends.cpu.dot import (
     Code,
@@ -30,7 +31,6 @@ from mmopt.backends.cpu.dot import (
     importing,
     release_tiles,
 )
-from mmopt.backends.cpu.dot_code import TILE_ROWS
 from mmopt.backends.cpu.kernels.conv import long_epilogue
 from mmopt.backends.cpu.kernels.matmul_overlap import Overlap
 from mmopt.backends.cpu.kernels.tile import spans

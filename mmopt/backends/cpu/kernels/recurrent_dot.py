@@ -17,9 +17,9 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Tensor
+from mmopt.backends.cpu.amx_code import TILE_ROWS
 from mmopt.backends.cpu.choosing import Candidate, typical
 from mmopt.backends.cpu.dot import Dot, MicroKernel, address, dot_for
-from mmopt.backends.cpu.dot_code import TILE_ROWS
 from mmopt.backends.cpu.loops import i64
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
