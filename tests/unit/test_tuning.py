@@ -17,7 +17,7 @@ import pytest
 
 import mmopt
 from mmopt.autotune import contest
-from mmopt.autotune.build import compile_kernel
+from mmopt.autotune.build import Builders, compile_kernel
 from mmopt.autotune.contest import Contest, decide
 from mmopt.autotune.database import Database, Scope, identity
 from mmopt.autotune.export import export, import_results
@@ -145,6 +145,27 @@ def test_every_candidate_is_lowered_with_its_fused_epilogue(profile: Profile) ->
         assert roles.count(("output", "float32")) == 1
         assert sorted(role for role, _ in roles) == ["input", "output", "weight", "weight"]
     assert len(functions) == len(found.candidates)
+
+
+def test_processes_that_compile_know_the_operations_of_every_kernel(tmp_path: pathlib.Path) -> None:
+    """Exponentials and rounding of attention are operations that TVM learns from this package."""
+    inputs = [
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape((1, 2, 40, 32))) for name in "qkv"
+    ]
+    node = ir.node("Attention", inputs)
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
+    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 23}, name="attention")
+    target = load_profile("sapphirerapids")
+    for precision in ("fp32", "bf16"):
+        module = mmopt.Module(ir.Model(graph.clone(), ir_version=11))
+        module = mmopt.optimize(module, precision=precision, target="sapphirerapids", validate="off").module
+        model = LoweredModel({"main": module}, target)
+        (key,) = (k for k in model.spaces if k.startswith("attention"))
+        (code,) = model.kernels(key, model.spaces[key].predicted.parameters)
+        with Builders(target, tmp_path, 1) as builders:
+            ((library, problem),) = builders.build([code.function])
+        assert not problem
+        assert (tmp_path / library).is_file()
 
 
 def test_a_search_measures_within_its_budget_and_goes_on_later(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from tvm import tirx
 from tvm.ir import Call, Expr, Op
 
+from mmopt.backends.cpu import avx512
 from mmopt.backends.cpu.avx512 import add_operation, fraction, raised
 
 _EXP = (
@@ -417,7 +418,8 @@ def _by_library(name: str, x: Expr) -> Expr:
 
 @functools.lru_cache(maxsize=1)
 def register() -> None:
-    """Make TVM's LLVM backend use the functions of this file. Idempotent."""
+    """Make TVM's LLVM backend use the functions of this file, and know those of AVX-512. Idempotent."""
+    avx512.register()
     for name in _FLOAT32:
         tirx.op.register_intrin_lowering(f"tirx.{name}", target="llvm", f=functools.partial(_lower, name), level=99)
     for name, function in _GELU.items():
