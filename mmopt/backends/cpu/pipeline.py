@@ -11,7 +11,8 @@ from tvm import relax
 from tvm.tirx import compilation_pipeline
 
 from mmopt.backends.cpu import intrinsics
-from mmopt.backends.cpu.joining import Joined, join_kernels, settle
+from mmopt.backends.cpu.joined_run import settle
+from mmopt.backends.cpu.joining import Joined, join_kernels
 from mmopt.backends.features import llvm_switches
 from mmopt.backends.linking import Library, linker_for
 from mmopt.backends.profile import Profile

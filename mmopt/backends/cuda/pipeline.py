@@ -22,7 +22,8 @@ import tvm_ffi
 from tvm import relax, tirx
 from tvm.tirx import compilation_pipeline
 
-from mmopt.backends.cpu.joining import Ordered, in_memory_of, join_kernels
+from mmopt.backends.cpu.joined_run import Ordered, in_memory_of
+from mmopt.backends.cpu.joining import join_kernels
 from mmopt.backends.cpu.pipeline import legalize, plain
 from mmopt.backends.cuda.compiler import Compiled, compile_source, fat_binary
 from mmopt.backends.cuda.launching import launches, takes_memory
