@@ -26,9 +26,10 @@ from collections.abc import Container, Iterator, Sequence
 
 import onnx_ir as ir
 
-from mmopt.ir.module import FUSED_DOMAIN, Module
+from mmopt.ir.module import Module
 from mmopt.pipeline.base import Fidelity, Pass, PassContext
 from mmopt.transforms.canonicalize.editing import Names
+from mmopt.transforms.fuse.outlining import Outliner
 
 ARITHMETIC = frozenset(
     {
@@ -127,12 +128,12 @@ class FuseGroups(Pass):
 
     def run(self, module: Module, context: PassContext) -> bool:
         """Outline every group of at least two operators, in the main graph and in the bodies of its nodes."""
-        outliner = _Outliner(module)
+        outliner = Outliner(module)
         names = Names(module.model)
         changed = [self._fuse(graph, outliner, names, context) for graph in list(module.model.graphs())]
         return any(changed)
 
-    def _fuse(self, graph: ir.Graph, outliner: _Outliner, names: Names, context: PassContext) -> bool:
+    def _fuse(self, graph: ir.Graph, outliner: Outliner, names: Names, context: PassContext) -> bool:
         """Group the nodes of one graph. What one round makes may allow more in the next."""
         missed: dict[tuple[str, str], None] = {}
         changed = False
@@ -146,7 +147,7 @@ class FuseGroups(Pass):
                 break
             changed = True
             for group in groups:
-                call = outliner.outline(graph, group.nodes)
+                call = outliner.outline(graph, group.nodes, _title(group.nodes))
                 self.remark(context, "applied", str(call.name), f"{len(group.nodes)} operators in one kernel")
         for name, reason in missed:
             self.remark(context, "missed", name, reason)
@@ -385,6 +386,12 @@ def _extent(dim: int | ir.SymbolicDim) -> int | str | None:
     return dim if isinstance(dim, int) else dim.value
 
 
+def _title(nodes: Sequence[ir.Node]) -> str:
+    """What a group's function is called: by its first operators that compute."""
+    named = [n.op_type for n in nodes if not is_widening(n) and n.op_type not in VIEWS]
+    return "_".join((named or [n.op_type for n in nodes])[:6])
+
+
 def _made(group: Group, node: ir.Node) -> list[ir.Value]:
     members = set(group.nodes)
     return [v for v in node.inputs if v is not None and v.producer() in members]
@@ -396,112 +403,3 @@ def _users(value: ir.Value) -> set[ir.Node]:
 
 def _sole_use(value: ir.Value, node: ir.Node) -> bool:
     return not value.is_graph_output() and {user for user, _ in value.uses()} == {node}
-
-
-class _Outliner:
-    """Replaces groups of nodes by calls of functions; equal groups share one function."""
-
-    def __init__(self, module: Module) -> None:
-        self.module = module
-        self.names: set[str | None] = {
-            identifier[1] for identifier in module.model.functions if identifier[0] == FUSED_DOMAIN
-        }
-        self.node_names: set[str | None] = {node.name for graph in module.model.graphs() for node in graph}
-        self.known: dict[str, str] = {}
-
-    def outline(self, graph: ir.Graph, nodes: Sequence[ir.Node]) -> ir.Node:
-        """Replace ``nodes`` of ``graph`` by one call."""
-        members = set(nodes)
-        made = {o for n in nodes for o in n.outputs}
-        inputs = list(dict.fromkeys(v for n in nodes for v in n.inputs if v is not None and v not in made))
-        outputs = [
-            o
-            for n in nodes
-            for o in n.outputs
-            if o.is_graph_output() or any(user not in members for user, _ in o.uses())
-        ]
-        key = _signature(nodes, inputs, outputs)
-        if key not in self.known:
-            self.known[key] = self._define(nodes, inputs, outputs)
-        return self._call(graph, self.known[key], nodes, inputs, outputs)
-
-    def _define(self, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
-        named = [n.op_type for n in nodes if not is_widening(n) and n.op_type not in VIEWS] or [
-            n.op_type for n in nodes
-        ]
-        name = _free("_".join(named[:6]), self.names)
-        mapping: dict[ir.Value, ir.Value] = {v: ir.Value(name=f"in{n}") for n, v in enumerate(inputs)}
-        copies: list[ir.Node] = []
-        for number, node in enumerate(nodes):
-            results = [ir.Value(name=f"v{number}_{n}") for n in range(len(node.outputs))]
-            mapping.update(zip(node.outputs, results, strict=True))
-            copies.append(
-                ir.Node(
-                    node.domain,
-                    node.op_type,
-                    [None if v is None else mapping[v] for v in node.inputs],
-                    list(node.attributes.values()),
-                    outputs=results,
-                    name=f"{node.op_type}_{number}",
-                )
-            )
-        opsets = {d: v for d, v in self.module.model.opset_imports.items() if d in {n.domain for n in nodes} | {""}}
-        body = ir.Graph(
-            [mapping[v] for v in inputs], [mapping[v] for v in outputs], nodes=copies, opset_imports=opsets, name=name
-        )
-        function = ir.Function(FUSED_DOMAIN, name, "", graph=body, attributes=[])
-        self.module.model.functions[function.identifier()] = function
-        self.module.model.opset_imports.setdefault(FUSED_DOMAIN, 1)
-        return name
-
-    def _call(
-        self,
-        graph: ir.Graph,
-        name: str,
-        nodes: Sequence[ir.Node],
-        inputs: Sequence[ir.Value],
-        outputs: Sequence[ir.Value],
-    ) -> ir.Node:
-        results = [ir.Value(name=o.name, shape=o.shape, type=o.type) for o in outputs]
-        call = ir.Node(
-            FUSED_DOMAIN,
-            name,
-            list(inputs),
-            outputs=results,
-            name=_free(f"{nodes[0].name or name}.fused", self.node_names),
-        )
-        for key, value in nodes[0].metadata_props.items():
-            call.metadata_props[key] = value
-        graph.insert_after(nodes[-1], call)
-        for old, new in zip(outputs, results, strict=True):
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
-        graph.remove(list(nodes), safe=True)
-        return call
-
-
-def _free(base: str, taken: set[str | None]) -> str:
-    """``base``, numbered when it is taken; it is taken from now on."""
-    name, number = base, 1
-    while name in taken:
-        number += 1
-        name = f"{base}_{number}"
-    taken.add(name)
-    return name
-
-
-def _signature(nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]) -> str:
-    """Equal for groups whose functions would be equal."""
-    label: dict[ir.Value, str] = {v: f"i{n}" for n, v in enumerate(inputs)}
-    lines: list[str] = []
-    for number, node in enumerate(nodes):
-        label.update({o: f"v{number}.{n}" for n, o in enumerate(node.outputs)})
-        operands = ",".join("-" if v is None else label[v] for v in node.inputs)
-        attributes = ";".join(f"{k}={_attribute(a)}" for k, a in sorted(node.attributes.items()))
-        lines.append(f"{node.domain}.{node.op_type}({operands}){{{attributes}}}")
-    return "\n".join([*lines, ",".join(label[o] for o in outputs)])
-
-
-def _attribute(attribute: ir.Attr) -> str:
-    if attribute.type == ir.AttributeType.TENSOR:
-        return str(attribute.as_tensor().numpy().tolist())
-    return str(attribute.value)
