@@ -15,6 +15,7 @@ from onnx import helper
 
 from mmopt.backends.cpu.choosing import Candidate, Chooser, Workload
 from mmopt.backends.cpu.kernels.recurrent import candidates
+from mmopt.backends.profile import load_profile
 from mmopt.ir.module import Module
 from mmopt.pipeline.base import PassContext
 from mmopt.transforms.canonicalize import InferShapes
@@ -330,6 +331,15 @@ def test_candidates_fit_the_registers_and_the_best_has_the_fewest_cycles(profile
             assert one.cycles >= 64 * 64 // 16 * gates / 2
     taller, wider = (min(candidates(given, "float32", 4, 64, n), key=lambda c: c.cycles) for n in (16, 1))
     assert taller.number("rows") > wider.number("rows")
+
+
+def test_many_sums_are_in_flight_where_the_batch_allows() -> None:
+    """A step of 6 × 4 vectors hides what one of 8 × 2 waits for; of a single row R is all there is to wait for."""
+    given = load_profile("sapphirerapids")
+    best = [min(candidates(given, "float32", 4, 256, batch), key=lambda c: c.cycles) for batch in (16, 1)]
+    assert [(c.number("rows"), c.number("vectors")) for c in best] == [(6, 4), (1, 2)]
+    three = min(candidates(given, "float32", 3, 256, 16), key=lambda c: c.cycles)
+    assert (three.number("rows"), three.number("vectors")) == (8, 3)
 
 
 @pytest.mark.parametrize("vectors", [1, 2, 4])

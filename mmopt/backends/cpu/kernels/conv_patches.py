@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from mmopt.backends.cpu.choosing import Candidate, Workload, typical
-from mmopt.backends.cpu.kernels.tile import LINE, NEON_BYTES, lanes_of, most_rows
+from mmopt.backends.cpu.kernels.tile import LINE, LOADS, NEON_BYTES, lanes_of, most_rows
 from mmopt.backends.expressions import itemsize
 from mmopt.backends.profile import Profile
 
@@ -22,9 +22,6 @@ OVERLAP = 0.4
 
 TILE_CYCLES = 24.0
 """Cycles of a tile besides its sums and results: clearing, filling the pipeline, jumps that are not foreseen."""
-
-LOADS = 1.6
-"""Loads in a cycle that tiles really get: some wait for lines that arrive from the second-level cache."""
 
 
 @dataclasses.dataclass(frozen=True)

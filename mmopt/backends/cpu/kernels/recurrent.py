@@ -25,7 +25,7 @@ from mmopt.backends.compute import LoopNest, LoopResult, Sink, Tensor, index
 from mmopt.backends.cpu.choosing import Candidate, typical
 from mmopt.backends.cpu.dot import MicroKernel, configure_tiles, importing, release_tiles
 from mmopt.backends.cpu.kernels.recurrent_dot import STREAM, IntegerProduct, Rescaling
-from mmopt.backends.cpu.kernels.tile import LINE, RegisterTile, fetch, most_rows
+from mmopt.backends.cpu.kernels.tile import LINE, LOADS, RegisterTile, fetch, most_rows
 from mmopt.backends.cpu.loops import i64, keep, loop, loops, seq, shared, static, team, when
 from mmopt.backends.expressions import itemsize, simplify
 from mmopt.backends.profile import Profile
@@ -38,6 +38,12 @@ MEET_WORK = 1 << 16
 
 BLOCK = 32
 """Most rows of the batch that go through all steps together; their states stay in the caches."""
+
+STEPS = 4
+"""Hidden units in one round of a product's loop."""
+
+STALL = 2.0
+"""Cycles of a step of the product besides its multiply-adds: R is in the second-level cache, and sums wait for it."""
 
 LEAST_ROWS = 4
 """Rows of the batch worth a thread of their own."""
@@ -113,14 +119,14 @@ def candidates(profile: Profile, dtype: str, gates: int, hidden: int, batch: int
 
 
 def _cycles(profile: Profile, rows: int, vectors: int, hidden: int, batch: int) -> float:
-    """Cycles of one group of gates of one panel: two multiply-adds or loads a cycle, one stream of R from L2.
+    """Cycles of one group of gates of one panel: two multiply-adds a cycle, :data:`LOADS`, one stream of R from L2.
 
     Later tiles of rows find the group in L1 when it fits there.
     """
     stream = vectors * profile.vector_bytes / STREAM
     again = 0.0 if hidden * vectors * profile.vector_bytes < profile.l1_bytes else stream
     heights = [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
-    each = [max(h * vectors / 2, (h + vectors) / 2, again if n else stream) for n, h in enumerate(heights)]
+    each = [max(h * vectors / 2 + STALL, (h + vectors) / LOADS, again if n else stream) for n, h in enumerate(heights)]
     return hidden * sum(each)
 
 
@@ -433,7 +439,7 @@ class Run:
             def deliver(i: Expr, n: Expr, v: Expr, value: Expr) -> Stmt:
                 return tirx.BufferStore(products, value, [first + i, (number * vectors + n) * lanes + v])
 
-            made = RegisterTile(nest.y.dtype, height, [lanes] * vectors, lanes)
+            made = RegisterTile(nest.y.dtype, height, [lanes] * vectors, lanes, steps=STEPS)
             return made.emit([i64(nest.hidden)], lambda i, k: factors.state(first + i, k), b, deliver)
 
         return self._tiles(tile)

@@ -22,6 +22,9 @@ from mmopt.backends.profile import Profile
 INDEPENDENT = 8
 """Chains of multiply-adds that fill two pipelines of latency four."""
 
+LOADS = 1.6
+"""Loads in a cycle that tiles really get: some wait for lines that arrive from the second-level cache."""
+
 LINE = 64
 """Bytes of a cache line."""
 
