@@ -135,9 +135,10 @@ def optimize(
     show = Output(verbose, quiet, json)
     if emit is not None and emit not in EMIT:
         raise UserError(f"nothing called {emit!r} can be written", where="--emit", hint=did_you_mean(emit, EMIT))
-    from mmopt.cli.optimizing import Job, Request, tuning_options
+    from mmopt.cli.optimizing import Job
     from mmopt.cli.pruning import pruning, speedup
     from mmopt.cli.quantizing import quantization
+    from mmopt.cli.request import Request, tuning_options
 
     if prune is not None and prune_to is not None:
         raise UserError("how much to cut is given twice", where="--prune, --prune-to", hint="give one of them")

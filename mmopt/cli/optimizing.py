@@ -9,32 +9,32 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mmopt.analysis.probes import load_inputs, probe_inputs
-from mmopt.api import OptimizeResult, Tuning, choose_recipe, chosen_precision, compile, load
+from mmopt.api import OptimizeResult, choose_recipe, chosen_precision, compile, load
 from mmopt.api import optimize as optimize_module
 from mmopt.building import CompileResult
-from mmopt.cli.output import Output, size_text, time_text
+from mmopt.cli.outcome import Outcome, summary
+from mmopt.cli.output import Output, size_text
 from mmopt.cli.pruning import NAMES as PRUNING
 from mmopt.cli.pruning import pruning
+from mmopt.cli.request import Request, calibration_samples, emitted, evaluation, output_path, portable_recipe
 from mmopt.cli.speed import Speed, measure
-from mmopt.errors import UserError, VerifyError
-from mmopt.evaluation import Evaluation, Judgement, load_evaluation
+from mmopt.errors import VerifyError
 from mmopt.frontends.onnx import save_onnx
 from mmopt.ir.evaluate import ReferenceRunner
 from mmopt.ir.module import Module, initializer_bytes
-from mmopt.loading import load_samples, parse_modalities, parse_shapes
+from mmopt.loading import parse_modalities, parse_shapes
 from mmopt.pipeline.base import FxPass
 from mmopt.pipeline.manager import Progress
-from mmopt.pipeline.recipe import PORTABLE, Recipe
+from mmopt.pipeline.recipe import Recipe
 from mmopt.runnable import Inputs, ModelRunnable
 from mmopt.runtime import atomic
 from mmopt.runtime.artifact import LIBRARY, WEIGHTS
 from mmopt.runtime.cpu import default_threads
-from mmopt.runtime.writer import check_output
 from mmopt.transforms.precision import NarrowFloats
 from mmopt.transforms.prune.observing import batches_of
 from mmopt.transforms.prune.reference import reference_of
 from mmopt.transforms.quantize import CompressWeights, Quantize, QuantizeDynamic, QuantizeStatic, QuantizeWeights
-from mmopt.verification import Verification, compare_runnables
+from mmopt.verification import compare_runnables
 
 if TYPE_CHECKING:
     from mmopt.pipeline.report import PipelineReport
@@ -48,76 +48,14 @@ _LOSSY = (
 """Whose remarks are shown on every run: what they say is part of the result."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The options of one ``mmopt optimize``, as given."""
-
-    model: str
-    output: pathlib.Path | None
-    target: str | None
-    level: int
-    recipe: str | None
-    passes: tuple[str, ...]
-    prune_to: float | None
-    precision: str | None
-    calib: str | None
-    inputs: tuple[pathlib.Path, ...]
-    shapes: tuple[str, ...]
-    modalities: tuple[str, ...]
-    validate: str | None
-    strict: bool | None
-    tolerance: float | None
-    seed: int | None
-    jobs: int | None
-    tuning: Tuning | None
-    emit: str | None
-    allow_mismatch: bool
-    trust_code: bool
-    dump_dir: pathlib.Path | None
-    evaluator: str | None = None
-    metrics: tuple[str, ...] = ()
-    multi_isa: bool = False
-
-
-@dataclasses.dataclass
-class Outcome:
-    """What a run has to tell.
-
-    Attributes:
-        path: What was written.
-        before: Bytes of the model as it was.
-        after: Bytes needed to run the result.
-        total: Bytes of everything written.
-        check: How the result agrees with the model as it was; None when it could not be checked.
-        unverified: Why not, or "".
-        speed: How fast, against onnxruntime.
-        fallback: What does not run natively, and why.
-        tuning: What -O3 measured.
-        pruned: Whether the result was compared with the pruned model in place of the model as it was.
-        judgement: How the result does its task, when there is an evaluator.
-    """
-
-    path: pathlib.Path
-    before: int
-    after: int
-    total: int
-    check: Verification | None
-    unverified: str
-    speed: Speed
-    fallback: list[str]
-    tuning: dict[str, Any] | None = None
-    judgement: Judgement | None = None
-    pruned: bool = False
-
-
 class Job:
     """One run of ``mmopt optimize``."""
 
     def __init__(self, request: Request, show: Output) -> None:
         self._request, self._show = request, show
-        target = "" if _emit(request) == "onnx" else request.target or "cpu"
+        target = "" if emitted(request) == "onnx" else request.target or "cpu"
         self._recipe: Recipe = choose_recipe(
-            request.level, request.precision, request.recipe or _portable(request), request.passes, target
+            request.level, request.precision, request.recipe or portable_recipe(request), request.passes, target
         )
         self._settings = self._recipe.merged(
             validate=request.validate,
@@ -130,8 +68,8 @@ class Job:
         )
         self._settings.setdefault("target", "cpu")
         self._settings["precision"] = chosen_precision(self._recipe, request.precision)
-        self._emit = _emit(request)
-        self._output = _output(request, self._emit)
+        self._emit = emitted(request)
+        self._output = output_path(request, self._emit)
         evaluator, limits = self._settings.get("eval"), self._settings.get("metrics", ())
         self._evaluation = evaluation(evaluator, limits, trust_code=request.trust_code)
 
@@ -391,68 +329,6 @@ class Job:
             outcome.judgement.check("written because of --allow-mismatch")
 
 
-def tuning_options(
-    level: int, minutes: float | None, trials: int | None, database: pathlib.Path | None, jobs: int | None
-) -> Tuning | None:
-    """How -O3 tunes; None at other levels.
-
-    Raises:
-        UserError: A limit makes no sense, or is given at another level.
-    """
-    if level < 3:
-        given = {"--tune-minutes": minutes, "--tune-trials": trials, "--database": database}
-        for name, value in given.items():
-            if value is not None:
-                raise UserError("only -O3 tunes", where=name, hint="add -O3")
-        return None
-    options = Tuning(Tuning.minutes if minutes is None and trials is None else minutes, trials, database, jobs)
-    _ = options.budget
-    return options
-
-
-def summary(outcome: Outcome, report: PipelineReport) -> list[str]:
-    """The last lines: how much smaller, how much faster, how exact, and where."""
-    applied = len({record.name for record in report.applied})
-    lines = [f"graph: {report.nodes_before} → {report.nodes_after} nodes, {applied} passes changed it"]
-    ratio = outcome.before / outcome.after if outcome.after else 0.0
-    word = f"{ratio:.2f}x smaller" if ratio >= 1 else f"{1 / ratio if ratio else 0:.2f}x larger"
-    total = f"; with everything else in it {size_text(outcome.total)}" if outcome.total > outcome.after else ""
-    lines.append(f"size: {size_text(outcome.before)} → {size_text(outcome.after)} needed to run, {word}{total}")
-    if outcome.tuning is not None:
-        from mmopt.cli.tuning import summary_line
-
-        lines.append(f"tuning: {summary_line(outcome.tuning)}")
-    lines.append(f"speed: {_speed_text(outcome.speed)}")
-    lines.append(f"exactness: {_exactness_text(outcome)}")
-    if outcome.judgement is not None:
-        lines.append(f"task: {outcome.judgement} (of the {outcome.judgement.on})")
-    if outcome.fallback:
-        lines.append("not native: " + "; ".join(outcome.fallback))
-    lines.append(f"written: {outcome.path}")
-    return lines
-
-
-def _speed_text(speed: Speed) -> str:
-    if speed.reason:
-        return f"not measured ({speed.reason})"
-    word = f"{speed.ratio:.2f}x faster" if speed.ratio >= 1 else f"{1 / speed.ratio:.2f}x slower"
-    return (
-        f"{time_text(speed.artifact)} against {time_text(speed.peer)} of onnxruntime fp32 on the original model, "
-        f"{word} (same inputs, turn by turn, {speed.threads} threads)"
-    )
-
-
-def _exactness_text(outcome: Outcome) -> str:
-    check = outcome.check
-    if check is None:
-        return outcome.unverified
-    source = "given inputs" if check.inputs_from == "given" else "inputs made from the model"
-    verdict = "" if check.ok else "DISAGREES: "
-    error = f"largest error {check.max_relative_error:.2g} of an output's range"
-    against = " of the pruned model" if outcome.pruned else ""
-    return f"{verdict}{error}{against} in {check.precision} ({check.sets} sets of {source})"
-
-
 def write_onnx(module: Module, output: pathlib.Path) -> int:
     """Write ``output`` and its data file so that a killed run leaves a complete pair, or no model.
 
@@ -469,59 +345,6 @@ def write_onnx(module: Module, output: pathlib.Path) -> int:
         for path in staged:
             os.replace(path, output.with_name(path.name))
     return size
-
-
-def evaluation(evaluator: str | None, metrics: Sequence[str], *, trust_code: bool) -> Evaluation | None:
-    """What ``--eval`` and ``--metrics`` stand for.
-
-    Raises:
-        UserError: Limits without an evaluator, or an evaluator that cannot be had.
-    """
-    if evaluator is not None:
-        return load_evaluation(evaluator, metrics, trust_code=trust_code)
-    if metrics:
-        raise UserError("there is nothing that gives metrics", where="--metrics", hint="add --eval module:function")
-    return None
-
-
-def calibration_samples(calib: str | None, module: Module) -> dict[str, Any] | Literal["random"] | None:
-    """What ``--calib`` stands for."""
-    if calib is None:
-        return None
-    if calib == "random":
-        return "random"
-    return load_samples(pathlib.Path(calib), module)
-
-
-def _emit(request: Request) -> str:
-    named = "onnx" if request.output is not None and request.output.suffix == ".onnx" else "artifact"
-    if request.emit == "artifact" and named == "onnx":
-        raise UserError(
-            "an artifact is a folder or a .zip", where="--output", hint="leave out --emit, or name it .mmopt"
-        )
-    return request.emit or named
-
-
-def _portable(request: Request) -> str | None:
-    """The recipe for other runtimes, where nothing else is asked for and no integers or narrow floats are measured."""
-    quantized = request.precision not in (None, "fp32") or any(name.startswith("quantize") for name in request.passes)
-    return PORTABLE if _emit(request) == "onnx" and request.level >= 2 and not quantized else None
-
-
-def _output(request: Request, emit: str) -> pathlib.Path:
-    """Where to write, after making sure that it is possible."""
-    name = pathlib.Path(request.model.rpartition(":")[2]).name
-    stem = name.removesuffix(".onnx").removesuffix(".pt2")
-    output = request.output or pathlib.Path(f"{stem}.mmopt" if emit == "artifact" else f"{stem}.optimized.onnx")
-    if emit == "artifact":
-        return check_output(output)
-    output = output.expanduser().resolve()
-    atomic.check_parent(output)
-    if output.is_dir():
-        raise UserError("is a folder", where=str(output), hint="give the name of the .onnx file to write")
-    if output.exists() and pathlib.Path(request.model).exists() and output.samefile(request.model):
-        raise UserError("the model would be overwritten by its own result", where=str(output), hint="choose another -o")
-    return output
 
 
 def _tell(steps: Any, progress: Progress) -> None:

@@ -14,8 +14,8 @@ from mmopt.autotune.database import Database
 from mmopt.autotune.export import export, import_results
 from mmopt.autotune.runner import Budget, TuningReport
 from mmopt.backends.profile import load_profile
-from mmopt.cli.optimizing import calibration_samples
 from mmopt.cli.output import Output, table
+from mmopt.cli.request import calibration_samples
 from mmopt.ir.module import Module
 from mmopt.loading import parse_shapes
 from mmopt.runtime.writer import installed_versions
