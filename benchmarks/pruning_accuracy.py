@@ -6,7 +6,8 @@ FOLDER holds the networks of ``benchmarks.trained``, which are trained when miss
 
 *choices*: what is cut is chosen by mmopt, uniformly, at random, by the global magnitude of weights, or by Torch-Pruning
 (``pip install torch-pruning``); the same multiply-accumulates go, the same least-squares repair on the same unlabelled
-samples follows, and optionally the same distillation. Accuracy, and decisions as before: mean and range over seeds.
+samples follows, and optionally the same distillation. Accuracy, and decisions as before: mean and range over seeds; the
+same, and the error of the outputs, on samples of the training data, without labels, that nothing was fitted to.
 *speed*: ``--prune-to`` by least squares alone and with distillation: measured time, accuracy, and how long it took.
 """
 
@@ -26,7 +27,7 @@ import numpy as np
 
 import mmopt
 from benchmarks.models import chosen
-from benchmarks.trained import NETWORKS, DigitData, prepare, sentences
+from benchmarks.trained import CALIBRATION, NETWORKS, DigitData, prepare, sentences
 from mmopt.analysis.axes import find_groups
 from mmopt.api import predictor
 from mmopt.bench import machine
@@ -51,6 +52,9 @@ EPOCHS = 6.0
 
 UNLABELLED = 2048
 """Samples of the training data, without their labels, that distillation learns from where speed is measured."""
+
+OTHERS = 1500
+"""Samples of the training data, without their labels, to compare on what nothing was fitted to."""
 
 PASSES: dict[str, dict[str, Any]] = {
     "mmopt": {},
@@ -98,16 +102,19 @@ class Network:
         places = np.random.default_rng(seed).permutation(count)[:SAMPLES]
         return {name: array[places] for name, array in self.calibration.items()}
 
-    def decisions(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> Any:
-        """The class that a module decides for, by sample of the test set."""
-        found, size = [], 100
+    def logits(self, module: Module, feeds: Arrays, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> Any:
+        """What a module gives for each sample."""
+        found: list[Any] = []
+        size = 100
         with ReferenceRunner() as runner:
             run = runner.prepare(module)
-            for start in range(0, len(self.labels), size):
-                feeds = change({name: array[start : start + size] for name, array in self.test.items()})
-                (logits,) = run(feeds).values()
-                found.append(logits.argmax(axis=1))
+            for start in range(0, len(next(iter(feeds.values()))), size):
+                found += run(change({name: array[start : start + size] for name, array in feeds.items()})).values()
         return np.concatenate(found)
+
+    def decisions(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> Any:
+        """The class that a module decides for, by sample of the test set."""
+        return self.logits(module, self.test, change).argmax(axis=1)
 
     def accuracy(self, module: Module, change: Callable[[Arrays], Arrays] = lambda feeds: feeds) -> float:
         """Percent of the test set that is right."""
@@ -135,6 +142,16 @@ def unlabelled(network: Network, data: pathlib.Path) -> Arrays:
         arrays, _, test = sentences(data)
         return {name: array[~test][:UNLABELLED] for name, array in arrays.items()}
     return network.calibration
+
+
+def others(network: Network, data: pathlib.Path) -> Arrays:
+    """Inputs of the training data that are not kept for calibration; none of networks that come trained."""
+    if network.name == "digits":
+        return DigitData(data, test=False, seed=9).draw(OTHERS)[0]
+    if network.name == "polarity":
+        arrays, _, test = sentences(data)
+        return {name: array[~test][CALIBRATION:][:OTHERS] for name, array in arrays.items()}
+    return {}
 
 
 def by_pass(network: Network, samples: Arrays, seed: int, share: float, options: dict[str, Any]) -> Module:
@@ -169,11 +186,11 @@ def choices(network: Network, options: argparse.Namespace) -> list[dict[str, Any
         ways[name] = lambda samples, seed, share, c=criterion: by_torch_pruning(network, samples, seed, share, c)
     ways = {name: way for name, way in ways.items() if name in options.ways}
     rows = []
-    before = network.decisions(network.module)
-    print(f"\n{network.name}: {100 * (before == network.labels).mean():.2f} % before")
+    judge = _Judge(network, others(network, options.data))
+    print(f"\n{network.name}: {judge.right:.2f} % before")
     for share in options.shares:
         for name, way in ways.items():
-            found: list[tuple[float, float]] = []
+            found: list[dict[str, float]] = []
             for seed in range(options.seeds):
                 samples = network.drawn(seed)
                 try:
@@ -181,16 +198,47 @@ def choices(network: Network, options: argparse.Namespace) -> list[dict[str, Any
                 except MmoptError as error:
                     print(f"{share:.0%} {name}: {error.what}")
                     break
-                module = repaired(network, cut, samples, seed, distilled=options.distill)
-                after = network.decisions(module)
-                found.append((100 * (after == network.labels).mean(), 100 * (after == before).mean()))
+                found.append(judge(repaired(network, cut, samples, seed, distilled=options.distill)))
             if not found:
                 continue
-            accuracy, same = zip(*found, strict=True)
-            rows.append({"network": network.name, "share": share, "way": name, "accuracy": accuracy, "same": same})
-            texts = [f"{statistics.mean(v):6.2f} ({min(v):.2f}–{max(v):.2f})" for v in (accuracy, same)]
-            print(f"{share:.0%} {name:22} accuracy {texts[0]}, decides as before {texts[1]}", flush=True)
+            columns = {key: [one[key] for one in found] for key in found[0]}
+            rows.append({"network": network.name, "share": share, "way": name, **columns})
+            texts = (
+                f"{key} {statistics.mean(v):.{d}f} ({min(v):.{d}f}–{max(v):.{d}f})"
+                for (key, v), d in zip(columns.items(), (2, 2, 2, 3), strict=False)
+            )
+            print(f"{share:.0%} {name:22} {', '.join(texts)}", flush=True)
     return rows
+
+
+class _Judge:
+    """Compares modules with a network as it was, in percent.
+
+    Args:
+        network: The network.
+        others: Inputs that nothing was fitted to; none where there are none.
+
+    Attributes:
+        right: How much of the test set the network is right about.
+    """
+
+    def __init__(self, network: Network, others: Arrays) -> None:
+        self._network, self._others = network, others
+        self._before = network.decisions(network.module)
+        self._wanted = network.logits(network.module, others) if others else None
+        self.right = 100 * float((self._before == network.labels).mean())
+
+    def __call__(self, module: Module) -> dict[str, float]:
+        """Accuracy and decisions as before; on other inputs these, and the error, of the variance of the outputs."""
+        after = self._network.decisions(module)
+        found = {"accuracy": 100 * float((after == self._network.labels).mean())}
+        found["same"] = 100 * float((after == self._before).mean())
+        if self._wanted is not None:
+            now, wanted = self._network.logits(module, self._others), self._wanted
+            found["same elsewhere"] = 100 * float((now.argmax(axis=1) == wanted.argmax(axis=1)).mean())
+            spread = ((wanted - wanted.mean(axis=0)) ** 2).sum()
+            found["error elsewhere"] = 100 * float(((now - wanted) ** 2).sum() / spread)
+        return found
 
 
 def speed(network: Network, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import itertools
 import statistics
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
 from mmopt.analysis.axes import find_groups
@@ -42,20 +43,22 @@ def chain(seed: int, layers: int = 4) -> tuple[Problem, float]:
     return Problem(curves, options, cost), cost.total() * random.uniform(0.3, 0.8)
 
 
+def least_damage(problem: Problem, budget: float) -> float:
+    """The damage of the best of all choices."""
+    choices = (dict(zip(problem.options, s, strict=True)) for s in itertools.product(*problem.options.values()))
+    return min(problem.damage(sizes) for sizes in choices if problem.cost.total(sizes) <= budget)
+
+
 def test_near_the_best_of_all_choices() -> None:
     ratios = []
     for seed in range(25):
         problem, budget = chain(seed)
         found = choose(problem, [Goal(budget)])
         assert problem.cost.total(found) <= budget * (1 + 1e-9)
-        choices = (
-            dict(zip(problem.options, sizes, strict=True)) for sizes in itertools.product(*problem.options.values())
-        )
-        best = min(problem.damage(sizes) for sizes in choices if problem.cost.total(sizes) <= budget)
-        ratios.append(problem.damage(found) / best)
+        ratios.append(problem.damage(found) / least_damage(problem, budget))
     assert min(ratios) >= 1 - 1e-9
     assert statistics.median(ratios) < 1.01
-    assert max(ratios) < 1.25
+    assert max(ratios) < 1.12
 
 
 def test_nothing_is_cut_when_the_goal_is_met_already() -> None:
@@ -93,6 +96,13 @@ def test_steps_that_save_nothing_are_stepped_over() -> None:
     assert choose(problem, [Goal(10.0)]) == {"a": 4}
 
 
+@pytest.mark.parametrize("seed", [2, 16, 34, 66, 109])
+def test_a_descent_that_goes_too_far_and_gives_back_may_end_better(seed: int) -> None:
+    """One descent to the goal itself ends with 1.3 to 1.9 times the least damage here."""
+    problem, budget = chain(seed, layers=3)
+    assert problem.damage(choose(problem, [Goal(budget)])) == pytest.approx(least_damage(problem, budget))
+
+
 def test_what_cannot_be_met_is_said_with_what_can() -> None:
     problem, _ = chain(1)
     least = {name: sizes[-1] for name, sizes in problem.options.items()}
@@ -123,6 +133,17 @@ def test_shares_of_towers_add_up() -> None:
     cost = costs.macs(module, groups, costs.owners(module))
     assert set(cost.towers()) == {"image", "text"}
     assert sum(cost.total(None, tower) for tower in cost.towers()) < cost.total()
+
+
+def test_curves_go_through_what_was_measured() -> None:
+    """Between two sizes the factor goes from one to the other; beyond them it stays; damage never falls."""
+    curve = from_scores(np.ones(8)).through({6: 4.0, 2: 6.0})
+    assert curve.damage[[2, 6]] == pytest.approx([4.0, 6.0])
+    assert curve.damage[4] == pytest.approx(4 * (2 * 1) ** 0.5)
+    assert curve.damage[[1, 8]] == pytest.approx([2.0, 8.0])
+    assert (np.diff(from_scores(np.ones(8)).through({6: 4.0, 2: 1.0}).damage) >= 0).all()
+    flat = from_scores(np.zeros(8))
+    assert flat.through({6: 1.0}) is flat
 
 
 def test_normalized_curves_weigh_towers_alike() -> None:
@@ -207,6 +228,15 @@ def test_time_by_the_templates_of_a_target() -> None:
     assert PruneStructured(share="30%", measure="time").run(module, whole)
     (said,) = [remark.message for remark in whole.remarks if remark.kind == "applied" and not remark.node]
     assert "less time: all" in said
+
+
+def test_the_same_product_of_a_larger_picture_takes_longer() -> None:
+    """Predictions are remembered: by the sizes of what a module reads as well."""
+    profile = load_profile("skylake-avx512")
+    modules = [convolutions((32, 48)) for _ in range(2)]
+    modules[1].graph.inputs[0].shape = ir.Shape((1, 3, 32, 32))
+    small, large = (predicted_cycles(module, profile) for module in modules)
+    assert large > 4 * small
 
 
 def test_a_term_is_asked_once_for_the_same_sizes() -> None:

@@ -3,11 +3,13 @@
 The cost is no sum over groups (both ends of a product count), so this goes step by step: of all groups and sizes, the
 one whose damage for each unit of cost saved is least, with the cost of the model as it is by then. Looking at every
 smaller size, not only at the next, gets over steps that save nothing, as kernels have them. At the end, what was cut
-more than needed is given back, the most damage first.
+more than needed is given back, the most damage first. Several such descents aim lower and lower, since one that goes
+too far and gives back often ends better than one that stops; the best of them counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +18,9 @@ from mmopt.transforms.prune.costs import CostModel, Sizes
 from mmopt.transforms.prune.curves import Curve
 
 _TINY = 1e-12
+
+_BEYOND = (0.02, 0.05, 0.1, 0.15, 0.2)
+"""Parts of a cost by which descents go beyond the goal, besides the one that does not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +67,16 @@ def choose(problem: Problem, goals: Sequence[Goal]) -> dict[str, int]:
     Raises:
         UserError: The goals cannot be met, with the least cost that can.
     """
+    found = [_given_back(problem, _cut(problem, goals), goals)]
+    for part in _BEYOND:
+        lower = [dataclasses.replace(goal, cost=goal.cost * (1 - part)) for goal in goals]
+        with contextlib.suppress(UserError):
+            found.append(_given_back(problem, _cut(problem, lower), goals))
+    return min(found, key=problem.damage)
+
+
+def _cut(problem: Problem, goals: Sequence[Goal]) -> dict[str, int]:
+    """One descent until all goals are met."""
     sizes = {name: listed[0] for name, listed in problem.options.items()}
     while unmet := [goal for goal in goals if not _is_met(problem, sizes, goal)]:
         moves = [move for goal in unmet for move in _moves(problem, sizes, goal)]
@@ -69,7 +84,7 @@ def choose(problem: Problem, goals: Sequence[Goal]) -> dict[str, int]:
             raise _impossible(problem, sizes, unmet[0])
         _, name, count = min(moves)
         sizes[name] = count
-    return _given_back(problem, sizes, goals)
+    return sizes
 
 
 def _is_met(problem: Problem, sizes: Sizes, goal: Goal) -> bool:

@@ -34,9 +34,19 @@ class Curve:
         """The ``count`` units that stay, ascending."""
         return tuple(int(unit) for unit in np.sort(self.order[len(self.order) - count :]))
 
-    def scaled(self, factor: float) -> Curve:
-        """The same order at ``factor`` times the damage."""
-        return Curve(self.order, self.damage * factor)
+    def through(self, measured: Mapping[int, float]) -> Curve:
+        """The same order at the damage that was measured.
+
+        Args:
+            measured: Damage by number of units left. Between two of these, what it was in proportion to the damage here
+                goes from the one to the other, and beyond all it stays as at the last.
+        """
+        known = sorted(count for count in measured if self.damage[-1 - count] > 0)
+        if not known:
+            return self
+        ratios = [np.log(measured[count] / self.damage[-1 - count]) for count in known]
+        left = np.arange(len(self.order), -1, -1)
+        return Curve(self.order, np.maximum.accumulate(self.damage * np.exp(np.interp(left, known, ratios))))
 
 
 def from_scores(scores: Array, bundle: Sequence[Sequence[int]] | None = None) -> Curve:

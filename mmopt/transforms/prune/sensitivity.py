@@ -17,8 +17,11 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 
-SAMPLES = 48
-"""Samples to run for each group."""
+SAMPLES = 32
+"""Samples to run for each group, at each of its sizes."""
+
+PARTS = (0.75, 0.5, 0.25)
+"""Parts of a group that are left when it is measured."""
 
 MakeUp = Callable[[Module, "Group", Sequence[int]], None]
 """Changes a module that only these units of a group are left of, in place."""
@@ -95,7 +98,8 @@ class Sensitivity:
             for (name, feeds), before in zip(self._sets, self._before, strict=True)
             if name is None or name == tower
         ]
-        return float(np.mean([outputs_moved(self._runner.run_all(changed, feeds), old) for feeds, old in sets]))
+        run = self._runner.prepare(changed)
+        return float(np.mean([outputs_moved([run(one) for one in feeds], before) for feeds, before in sets]))
 
 
 def measured(
@@ -106,7 +110,7 @@ def measured(
     runner: ReferenceRunner,
     make_up: MakeUp = lambda cut, group, kept: None,
 ) -> dict[str, Curve]:
-    """Curves whose damage is that of the outputs: each is scaled to what cutting half of its group does to them.
+    """Curves whose damage is that of the outputs: through what is measured with :data:`PARTS` of each group left.
 
     Args:
         curves: By name of the group, as the criterion has them.
@@ -124,8 +128,7 @@ def measured(
     result = {}
     for name, curve in curves.items():
         group = known[name]
-        half = max(group.multiple, group.units // 2 // group.multiple * group.multiple)
-        moved = max(sensitivity.moved(group, curve.kept(half), make_up), _LEAST)
-        reached = float(curve.damage[-1 - half])
-        result[name] = curve.scaled(moved / reached) if reached > 0 else curve
+        counts = {max(group.multiple, int(group.units * part) // group.multiple * group.multiple) for part in PARTS}
+        moved = {count: max(sensitivity.moved(group, curve.kept(count), make_up), _LEAST) for count in counts}
+        result[name] = curve.through(moved)
     return result
