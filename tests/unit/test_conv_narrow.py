@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -211,6 +212,8 @@ def test_dequantized_operands(name: str) -> None:
         Geometry((1, 64, 9, 9), (64, 64, 3, 3), pads=(1, 1, 1, 1)),
         Geometry((2, 3, 12, 12), (32, 3, 3, 3), strides=(2, 2), pads=(1, 1, 1, 1)),
         Geometry((1, 32, 6, 5), (32, 1, 3, 3), groups=32, pads=(1, 1, 1, 1)),
+        Geometry((2, 48, 9, 35), (48, 1, 3, 3), groups=48, strides=(2, 2), pads=(1, 1, 0, 1)),
+        Geometry((1, 24, 7, 40), (24, 1, 3, 5), groups=24, dilations=(1, 2), pads=(1, 3, 1, 4)),
         Geometry((1, 20, 7), (12, 20, 3), pads=(1, 0)),
     ]
     examples = [dequantized(g, per_channel=p, bias=b) for g in shapes for p in (False, True) for b in (False, True)]
@@ -292,6 +295,46 @@ def test_no_float_is_stored_between_quantized_neighbours() -> None:
         if value.dtype == ir.DataType.FLOAT and not value.is_graph_output()
     ]
     assert wide == []
+
+
+def inverted_block() -> tuple[onnx.ModelProto, np.ndarray]:
+    """QDQ: 3×3, each channel for itself, and 1×1, with steps in between, in channels of a whole block and of parts."""
+    random, channels = np.random.default_rng(6), 96
+    weights = {"s": np.float32(0.03), "z": np.array(7, np.uint8), "zw": np.zeros(channels, np.int8)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "s", "z"], ["x_q"]),
+        helper.make_node("DequantizeLinear", ["x_q", "s", "z"], ["x_d"]),
+    ]
+
+    def layer(value: str, name: str, depth: int, kernel: int, **attributes: int | list[int]) -> str:
+        weights[f"{name}_w"] = random.integers(-127, 128, (channels, depth, kernel, kernel)).astype(np.int8)
+        weights[f"{name}_s"] = np.full(channels, 0.02 / kernel / np.sqrt(depth), np.float32)
+        pads: Any = {"pads": [kernel // 2] * 4, **attributes}
+        nodes.extend([
+            helper.make_node("DequantizeLinear", [f"{name}_w", f"{name}_s", "zw"], [f"{name}_f"], axis=0),
+            helper.make_node("Conv", [value, f"{name}_f"], [name], **pads),
+            helper.make_node("Relu", [name], [f"{name}_r"]),
+            helper.make_node("QuantizeLinear", [f"{name}_r", "s", "z"], [f"{name}_q"]),
+            helper.make_node("DequantizeLinear", [f"{name}_q", "s", "z"], [f"{name}_d"]),
+        ])  # fmt: skip
+        return f"{name}_d"
+
+    first = layer("x_d", "wide", 16, 3)
+    layer(layer(first, "each", 1, 3, group=channels, strides=[2, 2]), "last", channels, 1)
+    x = random.standard_normal((1, 16, 12, 12)).astype(np.float32)
+    return model_of(nodes, {"x": x}, ["last_d"], weights), x
+
+
+def test_channels_by_themselves_read_and_write_bytes_in_the_layout_of_their_neighbours() -> None:
+    model, x = inverted_block()
+    program = Programs([grouped(model)], level(QUICK))
+    (got,) = program.run(0, {"x": x})
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (want,) = session.run(None, {"x": x})
+    assert (np.abs(got - want) > 1e-6).mean() < 0.02, "only values between two steps may differ"
+    assert np.abs(got - want).max() < 0.1
+    assert program.templates.count("conv_depthwise") == 1
+    assert sum(name.startswith(("blocks", "Dequantize", "operand")) for name in program.kernels) == 1, "the input's"
 
 
 # -- kernels by themselves -------------------------------------------------------------------------------------

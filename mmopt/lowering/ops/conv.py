@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from tvm import tirx
@@ -25,7 +25,7 @@ from mmopt.backends.cpu.kernels.winograd_cut import Cut, cut_of, winograd_candid
 from mmopt.backends.cpu.kernels.winograd_transform import transform_filters
 from mmopt.backends.cpu.loops import product, static
 from mmopt.backends.expressions import simplify
-from mmopt.lowering.ops.conv_narrow import known_widened, narrow_convolution
+from mmopt.lowering.ops.conv_narrow import BYTES, known_widened, narrow_convolution
 from mmopt.lowering.ops.conv_transpose import in_phases
 from mmopt.lowering.registry import OpNode, lowers
 from mmopt.lowering.values import NotLowered, Value, plain_view, static_shape
@@ -183,8 +183,16 @@ def _depthwise(node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geom
     context, channels = node.context, w.constant.shape[0]
     space = shape.window.output(shape.padded_extents(x.shape[2:]))
     source: Tensor
+    widened: Callable[[Expr], Expr] | None = None
+    scale: Expr | None = None
     if static(x.shape[-1]) is not None and static(shape.begin[-1]) is not None:
-        source, before = context.in_blocks(x, lanes), shape.begin
+        narrow = _centred_integers(x)
+        if narrow is None:
+            source = context.in_blocks(x, _whole_vectors(x, lanes))
+        else:
+            integers, widened, scale = narrow
+            source = context.in_blocks(integers, _whole_vectors(integers, lanes))
+        before = shape.begin
     else:
         source, before = padded_input(node, x, shape, lanes), (index(0),) * len(space)
 
@@ -196,20 +204,52 @@ def _depthwise(node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geom
     options = depthwise_candidates(context.program.profile, workload, lanes)
     rows = context.program.chooser.choose(workload, options).number("rows")
     filters = context.program.packed(w, ("depthwise", lanes), pack)
-    nest = DepthwiseConvolution(source, filters, window=shape.window, before=before, space=space, rows=rows)
+    nest = DepthwiseConvolution(
+        source, filters, window=shape.window, before=before, space=space, rows=rows, widened=widened
+    )
     nest.workload = workload
-    return _finish(node, nest.output, bias, channels, lanes)
+    return _finish(node, nest.output, bias, channels, static(source.shape[-1]) or lanes, scale)
 
 
-def _finish(node: OpNode, result: Tensor, bias: Value | None, channels: int, lanes: int) -> Value:
-    """Add the bias to a blocked result and describe it as a value."""
+def _whole_vectors(x: Value, lanes: int) -> int:
+    """Channels of a block to read ``x`` in: those it has, if they are whole vectors."""
+    block = 0 if x.blocked is None else static(x.blocked.shape[-1]) or 0
+    return block if block and block % lanes == 0 else lanes
+
+
+def _centred_integers(x: Value) -> tuple[Value, Callable[[Expr], Expr], Expr] | None:
+    """What ``x`` was dequantized from, the float of an element less the zero point, and the scale.
+
+    ``None`` where ``x`` is in memory, or was not dequantized from bytes with one scale.
+    """
+    known = x.quantized
+    if known is None or not x.deferred or x.dtype != "float32" or known.value.dtype not in BYTES or known.block:
+        return None
+    if not known.single or known.scale.constant is None or (known.zero is not None and known.zero.constant is None):
+        return None
+    zero = 0 if known.zero is None or known.zero.constant is None else int(known.zero.constant.reshape(-1)[0])
+
+    def centred(value: Expr) -> Expr:
+        wide = value.astype("int32").astype("float32")
+        return wide - tirx.const(zero, "float32") if zero else wide
+
+    return known.value, centred, tirx.const(float(known.scale.constant.reshape(-1)[0]), "float32")
+
+
+def _finish(
+    node: OpNode, result: Tensor, bias: Value | None, channels: int, lanes: int, scale: Expr | None = None
+) -> Value:
+    """Scale a blocked result, add the bias, and describe it as a value."""
     final = result
-    if bias is not None:
-        addend = bias.tensor
+    if bias is not None or scale is not None:
+        addend = None if bias is None else bias.tensor
 
         def body(*at: Expr) -> Expr:
+            value = result[at] if scale is None else result[at] * scale
+            if addend is None:
+                return value
             channel = at[1] * lanes + at[-1]
-            return result[at] + addend[channel if channels % lanes == 0 else tirx.min(channel, index(channels - 1))]
+            return value + addend[channel if channels % lanes == 0 else tirx.min(channel, index(channels - 1))]
 
         final = Map(result.shape, result.dtype, body, "bias")
     if channels % lanes == 0:
