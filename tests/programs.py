@@ -112,6 +112,7 @@ class Programs:
         self._engine = NativeEngine(library, weights, threads)
         self.kernels = [str(k["name"]) for k in self._program.kernels]
         self.templates = [str(k["template"]) for k in self._program.kernels]
+        self.workloads = [str(k.get("workload", "")) for k in self._program.kernels]
 
     def entry(self, number: int) -> EntryPoint:
         """The entry point of a module by its position."""

@@ -10,6 +10,7 @@ import pytest
 import scipy.special
 from onnx import helper
 
+from mmopt.autotune.peak import kind_of
 from mmopt.backends.cpu.intrinsics import EXP2_COARSE
 from tests.programs import Example, Programs, model_of, wrong_answers
 from tests.unit.test_conv_narrow import ANY_LEVEL, QUICK, level, narrowed
@@ -111,6 +112,12 @@ def test_the_template_is_used_where_it_fits() -> None:
     assert "attention_bf16" in templates(SHAPES[-3])
     assert "attention" in templates(Heads(8, 300)), "fewer rows than a tile"
     assert "attention" in templates(Heads(64, 64, size=48)), "features that do not fill a panel"
+
+
+def test_its_rate_is_compared_with_the_peak_of_bfloat16() -> None:
+    (workload,) = filter(None, Programs([narrowed(example(SHAPES[0]).model)], level(QUICK)).workloads)
+    assert workload.startswith("attention_bf16(")
+    assert kind_of(workload.rpartition(":")[2].split(",")) == "bfloat16"
 
 
 def test_the_coarse_exponential_is_as_good_as_it_says() -> None:

@@ -20,6 +20,9 @@ What a tile of rows needs for 96 keys stays in the first-level cache, and their 
 after that time without work AMX goes to sleep, and takes 0.3 µs to wake up (measured on Sapphire Rapids).
 """
 
+SCORE_CYCLES = 0.75
+"""What a score takes besides its two products, at half of the peak: maximum, exponential, sum."""
+
 
 def narrow_attention(
     node: OpNode, operands: Sequence[Value], scale: float, order: str, mask: Tensor | None = None
@@ -55,9 +58,15 @@ def narrow_attention(
     batch = dim(q.shape[0])
     dims = {"batch": batch, "heads": heads, "queries": queries, "keys": keys, "size": size, "value_size": value_size}
     dims |= {} if mask is None else {"mask": 1}
-    work = 2.0 * typical(batch, 1) * heads * queries * keys * (size + value_size)
-    workload = Workload("attention_bf16", tuple(dims.items()), ("bfloat16", "float32"), work)
-    options = [Candidate({"keys": block}, work / 2 / dot.rate * 2) for block in BLOCKS]
+    scores = typical(batch, 1) * heads * queries * keys
+    workload = Workload(
+        "attention_bf16",
+        tuple(dims.items()),
+        ("bfloat16", "bfloat16", "float32"),
+        2.0 * scores * (size + value_size),
+    )
+    cycles = scores * (SCORE_CYCLES + 2 * (size + value_size) / dot.rate)
+    options = [Candidate({"keys": block}, cycles) for block in BLOCKS]
     best = context.program.chooser.choose(workload, options)
     tensors = [context.tensor(value) for value in operands]
     block = best.number("keys")
