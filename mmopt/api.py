@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -191,11 +192,16 @@ def optimize(
 def predictor(target: str) -> Callable[[Module], float]:
     """The cost model of a target's kernels; the profile is read when it is first asked."""
 
-    def predict(module: Module) -> float:
+    @functools.cache
+    def profile() -> Profile:
         from mmopt.backends.profile import load_profile
+
+        return load_profile(target)
+
+    def predict(module: Module) -> float:
         from mmopt.lowering.prediction import predicted_cycles
 
-        return predicted_cycles(module, load_profile(target))
+        return predicted_cycles(module, profile())
 
     return predict
 
