@@ -122,6 +122,29 @@ def test_the_template_is_used_and_weights_are_stored_narrow(kind: str) -> None:
     assert sum(a.nbytes for a in program.weights.values()) < 64 * 64 * 9 * 2 + 1024
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+def test_channels_by_themselves_read_halves(kind: str) -> None:
+    """Halves become floats in registers: no kernel does but that, and the layout changes before the first only."""
+    random = np.random.default_rng(8)
+    shapes = {"wide": (96, 16, 3, 3), "each": (96, 1, 3, 3), "last": (32, 96, 1, 1)}
+    weights = {n: (random.standard_normal(s) / np.prod(s[1:]) ** 0.5).astype(np.float32) for n, s in shapes.items()}
+    nodes = [
+        helper.make_node("Conv", ["x", "wide"], ["a"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("Conv", ["b", "each"], ["c"], pads=[1, 1, 1, 1], group=96, strides=[2, 2]),
+        helper.make_node("Relu", ["c"], ["d"]),
+        helper.make_node("Conv", ["d", "last"], ["y"]),
+    ]
+    x = random.standard_normal((2, 16, 12, 13)).astype(np.float32)
+    example = Example(kind, model_of(nodes, {"x": x}, ["y"], weights), {"x": x})
+    program = Programs([narrowed(example.model, kind)], level(QUICK))
+    (got,), (want,) = program.run(0, {"x": x}), example.expected()
+    np.testing.assert_allclose(got, want, atol=0.03 * np.abs(want).max())
+    assert program.templates.count("conv_depthwise") == 1
+    if kind == "bf16":  # halves of the other kind are multiplied as floats
+        assert [name for name in program.kernels if not name.startswith("Conv")] == ["Cast", "blocks", "copy"]
+
+
 # -- integers --------------------------------------------------------------------------------------------------
 
 

@@ -90,16 +90,17 @@ def convolve(node: OpNode, x: Value, w: Value, bias: Value | None, groups: int, 
     """Pick the template for a convolution."""
     if (templates := node.context.program.templates) is not None:
         return templates.convolution(node, x, w, bias, groups, shape)
-    if (narrow := narrow_convolution(node, x, w, bias, groups, shape)) is not None:
-        return narrow
-    w = _as_stored(node, w)
     lanes = lanes_of(node.context.program.profile, x.dtype)
     channels, depth, out = static(x.shape[1]), static(w.shape[1]), static(w.shape[0])
+    block = channel_block(out, lanes) if groups == channels == out and out else 1
+    narrow = narrow_convolution(node, x, w, bias, groups, shape) if block == 1 else None
+    if narrow is not None:
+        return narrow
+    w = _as_stored(node, w)
     usable = w.constant is not None and x.dtype in _TEMPLATE_DTYPES and channels is not None
     if not usable or out is None or depth is None or 0 in static_or_one((*w.shape, *x.shape)):
         return generic_convolution(node, x, w, bias, groups, shape)
-    block = channel_block(out, lanes)
-    if groups == channels == out and block > 1:
+    if block > 1:
         return _depthwise(node, x, w, bias, shape, block)
     apart = channel_block(depth, lanes) == 1 < channel_block(depth * groups, lanes)
     if groups > 1 and (apart or channel_block(out // groups, lanes) == 1):
@@ -186,12 +187,12 @@ def _depthwise(node: OpNode, x: Value, w: Value, bias: Value | None, shape: Geom
     widened: Callable[[Expr], Expr] | None = None
     scale: Expr | None = None
     if static(x.shape[-1]) is not None and static(shape.begin[-1]) is not None:
-        narrow = _centred_integers(x)
+        narrow = _centred_integers(x) or _narrow_floats(x)
         if narrow is None:
             source = context.in_blocks(x, _whole_vectors(x, lanes))
         else:
-            integers, widened, scale = narrow
-            source = context.in_blocks(integers, _whole_vectors(integers, lanes))
+            stored, widened, scale = narrow
+            source = context.in_blocks(stored, _whole_vectors(stored, lanes))
         before = shape.begin
     else:
         source, before = padded_input(node, x, shape, lanes), (index(0),) * len(space)
@@ -215,6 +216,13 @@ def _whole_vectors(x: Value, lanes: int) -> int:
     """Channels of a block to read ``x`` in: those it has, if they are whole vectors."""
     block = 0 if x.blocked is None else static(x.blocked.shape[-1]) or 0
     return block if block and block % lanes == 0 else lanes
+
+
+def _narrow_floats(x: Value) -> tuple[Value, Callable[[Expr], Expr], None] | None:
+    """What ``x`` was widened from, and how; ``None`` where ``x`` is in memory, or was not widened."""
+    if x.narrow is None or not x.deferred or x.dtype != "float32":
+        return None
+    return x.narrow, lambda value: value.astype("float32"), None
 
 
 def _centred_integers(x: Value) -> tuple[Value, Callable[[Expr], Expr], Expr] | None:
