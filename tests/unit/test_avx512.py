@@ -12,7 +12,7 @@ from tvm import tirx
 from tvm.ir import Expr
 from tvm.tirx import Stmt
 
-from mmopt.backends.cpu.avx512 import Avx512, bfloat16_bits, has_bfloat16, has_scaling
+from mmopt.backends.cpu.avx512 import Rounding, bfloat16_bits, has_bfloat16, has_scaling
 from mmopt.backends.cpu.dot import importing
 from mmopt.backends.cpu.intrinsics import exp2_below_zero
 from mmopt.backends.cpu.loops import keep, loop, seq
@@ -45,10 +45,11 @@ def compiled(rule: Rule, count: int, lanes: int, dtype: str) -> tvm.runtime.Exec
         loop(whole, lambda n: loop(lanes, lambda v: one(n * lanes + v), "vectorized")),
         loop(rest, lambda v: one(whole * lanes + v), "vectorized") if rest else None,
     )
-    body = importing([Avx512(has_bfloat16(native_profile()))], body)
+    body = importing([Rounding()], body) if has_bfloat16(native_profile()) else body
     function = tirx.PrimFunc([source, result], body).with_attr({"s_tir": True, "global_symbol": "f"})
-    with code_generation():
-        return tvm.compile(tvm.IRModule({"f": function}), target=target_of(native_profile()))
+    target = target_of(native_profile())
+    with target, code_generation():
+        return tvm.compile(tvm.IRModule({"f": function}), target=target)
 
 
 def run(executable: tvm.runtime.Executable, x: np.ndarray, dtype: str) -> np.ndarray:

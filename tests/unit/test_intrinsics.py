@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import ml_dtypes
@@ -15,11 +16,12 @@ from tvm.tirx import Stmt
 
 from mmopt.backends.compute import Map, Source
 from mmopt.backends.cpu import intrinsics
-from mmopt.backends.cpu.avx512 import has_bfloat16
+from mmopt.backends.cpu.avx512 import has_bfloat16, has_scaling
 from mmopt.backends.cpu.emit import KernelEmitter
 from mmopt.backends.cpu.loops import keep, loop, seq
 from mmopt.backends.cpu.pipeline import code_generation, target_of
-from mmopt.backends.profile import native_profile
+from mmopt.backends.profile import Profile, load_profile, native_profile
+from mmopt.runtime.cpu import missing_features, running_features
 
 ORACLES = {
     "exp": np.exp,
@@ -36,14 +38,27 @@ QUOTIENTS: dict[str, tuple[Callable[..., tuple[Expr, Expr]], float]] = {
 }
 
 
-def evaluate(function: Callable[[Expr], Expr], x: np.ndarray) -> np.ndarray:
+Evaluate = Callable[[Callable[[Expr], Expr], np.ndarray], np.ndarray]
+
+
+@pytest.fixture(params=["cpu", "x86-64-v3"])
+def evaluate(request: pytest.FixtureRequest) -> Evaluate:
+    """What this machine's vectors give for a function, and what those of 32 bytes do."""
+    profile = load_profile(request.param)
+    if missing := missing_features(profile.features, running_features()):
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    return functools.partial(evaluated, profile)
+
+
+def evaluated(profile: Profile, function: Callable[[Expr], Expr], x: np.ndarray) -> np.ndarray:
     intrinsics.register()
-    profile = native_profile()
     source = Source(x.shape, str(x.dtype), "x")
     result = Map(x.shape, str(x.dtype), lambda i: function(source[i]), "y")
     kernel = KernelEmitter([result], profile).build()
     module = tvm.IRModule({"f": kernel.function.with_attr("global_symbol", "f")})
-    compiled = tvm.compile(module, target=target_of(profile))
+    target = target_of(profile)
+    with target:
+        compiled = tvm.compile(module, target=target)
     y = tvm.runtime.tensor(np.zeros_like(x))
     compiled["f"](tvm.runtime.tensor(x), y)
     return y.numpy()
@@ -113,7 +128,7 @@ def test_quotients_of_special_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
-def test_error_is_at_most_two_units_in_the_last_place(name: str) -> None:
+def test_error_is_at_most_two_units_in_the_last_place(name: str, evaluate: Evaluate) -> None:
     x = samples()
     if name == "log":
         x = x[x > 0]
@@ -121,7 +136,7 @@ def test_error_is_at_most_two_units_in_the_last_place(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
-def test_special_values(name: str) -> None:
+def test_special_values(name: str, evaluate: Evaluate) -> None:
     x = np.array([np.inf, -np.inf, np.nan, 0.0, -0.0] * 7, np.float32)
     with np.errstate(all="ignore"):
         expected = ORACLES[name](x)
@@ -129,12 +144,12 @@ def test_special_values(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(ORACLES))
-def test_float64_uses_the_library(name: str) -> None:
+def test_float64_uses_the_library(name: str, evaluate: Evaluate) -> None:
     x = np.linspace(0.1, 3, 37)
     np.testing.assert_allclose(evaluate(getattr(tirx, name), x), ORACLES[name](x), rtol=1e-14)
 
 
-def gelu_errors(coarse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gelu_errors(evaluate: Evaluate, *, coarse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Floats, absolute errors of Gelu on them, and exact results."""
     rng = np.random.default_rng(0)
     near = rng.uniform(-15, 15, 300_000), rng.uniform(-1, 1, 100_000), -np.logspace(-37, 0, 5000)
@@ -143,8 +158,8 @@ def gelu_errors(coarse: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return x, np.abs(evaluate(lambda v: intrinsics.gelu(v, coarse), x).astype(np.float64) - exact), exact
 
 
-def test_gelu() -> None:
-    x, error, exact = gelu_errors(coarse=False)
+def test_gelu(evaluate: Evaluate) -> None:
+    x, error, exact = gelu_errors(evaluate, coarse=False)
     unit = np.spacing(np.maximum(np.abs(exact), np.finfo(np.float32).tiny).astype(np.float32)).astype(np.float64)
     assert (error / unit)[x > 0].max() <= 4
     assert (error / unit)[(x < 0) & (x > -3)].max() <= 14
@@ -153,14 +168,25 @@ def test_gelu() -> None:
     assert error[x < 3].max() <= 2.5e-7
 
 
-def test_coarse_gelu() -> None:
-    x, error, exact = gelu_errors(coarse=True)
+def test_exponents_are_put_in_by_the_instruction_for_it() -> None:
+    source = Source((64,), "float32", "x")
+    target = target_of(native_profile())
+    for function in (tirx.exp, tirx.sigmoid, intrinsics.gelu):
+        result = Map((64,), "float32", lambda i, function=function: function(source[i]), "y")  # type: ignore[misc]
+        kernel = KernelEmitter([result], native_profile()).build()
+        with target:
+            compiled = tvm.compile(tvm.IRModule({"f": kernel.function.with_attr("global_symbol", "f")}), target=target)
+        assert ("vscalefps" in compiled.mod.inspect_source("asm")) == has_scaling(native_profile())
+
+
+def test_coarse_gelu(evaluate: Evaluate) -> None:
+    x, error, exact = gelu_errors(evaluate, coarse=True)
     there = (x > -4) & (np.abs(x) > 1e-37)
     assert (error[there] / np.abs(exact[there])).max() <= 3e-4
     assert error[x < 0].max() <= 4e-5
 
 
-def test_gelu_of_what_is_no_number() -> None:
+def test_gelu_of_what_is_no_number(evaluate: Evaluate) -> None:
     x = np.array([np.inf, np.nan, 0.0, -0.0, 1e30, -1e30], np.float32)
     for coarse in (False, True):
         y = evaluate(lambda v, coarse=coarse: intrinsics.gelu(v, coarse), x)  # type: ignore[misc]

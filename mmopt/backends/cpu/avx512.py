@@ -1,10 +1,9 @@
 """Instructions of AVX-512 that TVM has no operation for: rounding to bfloat16, and the two halves of an exponential.
 
-Each is an operation on float32 expressions. On whole vectors it is one or two instructions, by a function of LLVM's
-language that the kernel must import (:class:`Avx512`); on what is left over, and where there are no such vectors, it is
-arithmetic that gives the same.
-
     2^x = 2^(x − ⌊x⌋) · 2^⌊x⌋          fraction(x) = x − ⌊x⌋, raised(p, x) = p · 2^⌊x⌋
+
+Each is an operation on float32 expressions. On whole vectors it is one instruction; on what is left over, and for
+targets without it, arithmetic that gives the same. Targets say that they scale by :data:`SCALING` among their switches.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
+import tvm
 import tvm_ffi
 from tvm import tirx
 from tvm.ir import Call, Expr, Op, PrimType, register_op_attr
@@ -23,6 +23,9 @@ _PURE = 1
 """``CallEffectKind::kPure`` of TVM: equal calls have equal results, and unused ones can go."""
 
 _LANES = 16
+
+SCALING = "+avx512dq"
+"""Switch of LLVM for targets that take numbers apart and scale them, whole vectors at a time."""
 
 _BFLOAT16, _FRACTION, _RAISED = "tirx.mmopt_bfloat16", "tirx.mmopt_fraction", "tirx.mmopt_raised"
 
@@ -41,14 +44,14 @@ def bfloat16_bits(x: Expr) -> Expr:
     """The bits of a float32 expression rounded to bfloat16, halves to even, as uint16; NaN stays NaN.
 
     On 16 lanes one instruction in place of seven, on 32 one for both halves; it takes numbers below 1.2e-38 for zero.
-    The kernel must import :class:`Avx512`.
+    The kernel must import :class:`Rounding`.
     """
     register()
     return Call(Op.get(_BFLOAT16), [x], ret_ty=PrimType("uint16"))
 
 
 def fraction(x: Expr) -> Expr:
-    """x − ⌊x⌋ of a float32 expression; 0 at ±∞. The kernel must import :class:`Avx512`."""
+    """x − ⌊x⌋ of a float32 expression; 0 at ±∞."""
     register()
     return Call(Op.get(_FRACTION), [x], ret_ty=PrimType("float32"))
 
@@ -56,89 +59,47 @@ def fraction(x: Expr) -> Expr:
 def raised(value: Expr, x: Expr) -> Expr:
     """``value`` · 2^⌊x⌋ of float32 expressions, for x ≤ 0 and values from 1 to 2.
 
-    Below 2^-126 vectors give subnormal numbers, what is left over gives zero. The kernel must import :class:`Avx512`.
+    Below 2^-126 vectors give subnormal numbers, what is left over gives zero.
     """
     register()
     return Call(Op.get(_RAISED), [value, x], ret_ty=PrimType("float32"))
 
 
 @dataclasses.dataclass(frozen=True)
-class Avx512:
-    """The functions behind this file's operations.
-
-    Attributes:
-        bfloat16: Whether to have those for rounding, which the target may lack.
-    """
-
-    bfloat16: bool = True
+class Rounding:
+    """The functions behind :func:`bfloat16_bits`."""
 
     def llvm(self) -> str:
         """Their text."""
-        vector, rounding = "<16 x float>", "i32 4"  # as the processor is set
-        reduce = f"{vector} @llvm.x86.avx512.mask.reduce.ps.512({vector}"
-        scale = f"{vector} @llvm.x86.avx512.mask.scalef.ps.512({vector}"
-        text = [
-            f"declare {reduce}, i32 immarg, {vector}, i16, i32 immarg)",
-            f"declare {scale}, {vector}, {vector}, i16, i32 immarg)",
-            f"define {vector} @mmopt_fraction16({vector} %x) alwaysinline {{",
-            f"  %y = call {reduce} %x, i32 1, {vector} %x, i16 -1, {rounding})",
-            f"  ret {vector} %y",
+        one = "<16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>"
+        two = "<32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>"
+        lines = [
+            f"declare {one})",
+            f"declare {two}, <16 x float>)",
+            "define <16 x i16> @mmopt_bfloat16_16(<16 x float> %x) alwaysinline {",
+            f"  %y = call {one} %x)",
+            "  %bits = bitcast <16 x bfloat> %y to <16 x i16>",
+            "  ret <16 x i16> %bits",
             "}",
-            f"define {vector} @mmopt_raised16({vector} %p, {vector} %x) alwaysinline {{",
-            f"  %y = call {scale} %p, {vector} %x, {vector} %p, i16 -1, {rounding})",
-            f"  ret {vector} %y",
+            "define <32 x i16> @mmopt_bfloat16_32(<32 x float> %x) alwaysinline {",
+            *_halves(),
+            f"  %y = call {two} %xhigh, <16 x float> %xlow)",
+            "  %bits = bitcast <32 x bfloat> %y to <32 x i16>",
+            "  ret <32 x i16> %bits",
             "}",
-            *_doubled("fraction", ("x",)),
-            *_doubled("raised", ("p", "x")),
         ]
-        return "\n".join([*text, *(_bfloat16_functions() if self.bfloat16 else ()), ""])
+        return "\n".join([*lines, ""])
 
 
-def _halves(name: str) -> list[str]:
+def _halves() -> list[str]:
     return [
-        f"  %{name}{half} = shufflevector <32 x float> %{name}, <32 x float> poison, <16 x i32> <{_indices(first, 16)}>"
+        f"  %x{half} = shufflevector <32 x float> %x, <32 x float> poison, <16 x i32> <{_indices(first)}>"
         for half, first in (("low", 0), ("high", 16))
     ]
 
 
-def _indices(first: int, count: int) -> str:
-    return ", ".join(f"i32 {first + n}" for n in range(count))
-
-
-def _doubled(name: str, operands: tuple[str, ...]) -> list[str]:
-    """The same function for 32 lanes."""
-    calls = []
-    for half in ("low", "high"):
-        given = ", ".join(f"<16 x float> %{o}{half}" for o in operands)
-        calls.append(f"  %{half} = call <16 x float> @mmopt_{name}16({given})")
-    return [
-        f"define <32 x float> @mmopt_{name}32({', '.join(f'<32 x float> %{o}' for o in operands)}) alwaysinline {{",
-        *(line for o in operands for line in _halves(o)),
-        *calls,
-        f"  %y = shufflevector <16 x float> %low, <16 x float> %high, <32 x i32> <{_indices(0, 32)}>",
-        "  ret <32 x float> %y",
-        "}",
-    ]
-
-
-def _bfloat16_functions() -> list[str]:
-    one = "<16 x bfloat> @llvm.x86.avx512bf16.cvtneps2bf16.512(<16 x float>"
-    two = "<32 x bfloat> @llvm.x86.avx512bf16.cvtne2ps2bf16.512(<16 x float>"
-    return [
-        f"declare {one})",
-        f"declare {two}, <16 x float>)",
-        "define <16 x i16> @mmopt_bfloat16_16(<16 x float> %x) alwaysinline {",
-        f"  %y = call {one} %x)",
-        "  %bits = bitcast <16 x bfloat> %y to <16 x i16>",
-        "  ret <16 x i16> %bits",
-        "}",
-        "define <32 x i16> @mmopt_bfloat16_32(<32 x float> %x) alwaysinline {",
-        *_halves("x"),
-        f"  %y = call {two} %xhigh, <16 x float> %xlow)",
-        "  %bits = bitcast <32 x bfloat> %y to <32 x i16>",
-        "  ret <32 x i16> %bits",
-        "}",
-    ]
+def _indices(first: int) -> str:
+    return ", ".join(f"i32 {first + n}" for n in range(_LANES))
 
 
 # -- lowering --------------------------------------------------------------------------------------------------
@@ -166,21 +127,53 @@ def _lower_bfloat16(call: Call) -> Expr:
 
 def _lower_fraction(call: Call) -> Expr:
     x = call.args[0]
-    kind = str(x.ty)
-    if lanes := _whole(kind):
-        return tirx.call_pure_extern(kind, f"mmopt_fraction{lanes}", x)
+    if has_vectors(x):
+        return part(x)
     bounded = _bounded(x)
     return bounded - tirx.floor(bounded)
 
 
 def _lower_raised(call: Call) -> Expr:
     value, x = call.args
+    if has_vectors(x):
+        return scaled(value, x)
     kind = str(x.ty)
-    if lanes := _whole(kind):
-        return tirx.call_pure_extern(kind, f"mmopt_raised{lanes}", value, x)
     integer = kind.replace("float32", "int32")
     exponent = tirx.floor(_bounded(x)).astype(integer) + tirx.const(127, integer)
     return value * tirx.reinterpret(kind, tirx.shift_left(exponent, tirx.const(23, integer)))
+
+
+def has_vectors(x: Expr) -> bool:
+    """Whether an expression that is being lowered is made of whole vectors of a target that scales them."""
+    target = tvm.target.Target.current(allow_none=True)
+    switches = () if target is None else target.attrs.get("mattr", ())
+    return _whole(str(x.ty)) is not None and SCALING in map(str, switches)
+
+
+def part(x: Expr) -> Expr:
+    """x − ⌊x⌋ where :func:`has_vectors` says so."""
+    return _by_vector(lambda x: _masked("reduce", x, tirx.const(1, "int32"), x), x)
+
+
+def scaled(value: Expr, x: Expr) -> Expr:
+    """``value`` · 2^⌊x⌋ where :func:`has_vectors` says so, over the whole range."""
+    return _by_vector(lambda value, x: _masked("scalef", value, x, value), value, x)
+
+
+def _masked(name: str, first: Expr, *others: Expr) -> Expr:
+    """An instruction on all lanes of one vector, rounding as the processor is set."""
+    every, rounding = tirx.const(-1, "int16"), tirx.const(4, "int32")
+    intrinsic = f"llvm.x86.avx512.mask.{name}.ps.512"
+    return tirx.call_llvm_pure_intrin(str(first.ty), intrinsic, first, *others, every, rounding)
+
+
+def _by_vector(make: Callable[..., Expr], *operands: Expr) -> Expr:
+    """``make`` of each vector of 16 lanes."""
+    if _whole(str(operands[0].ty)) == _LANES:
+        return make(*operands)
+    both = [tirx.const(n, "int32") for n in range(2 * _LANES)]
+    low, high = (make(*(tirx.Shuffle([x], half) for x in operands)) for half in (both[:_LANES], both[_LANES:]))
+    return tirx.Shuffle([low, high], both)
 
 
 def _bounded(x: Expr) -> Expr:

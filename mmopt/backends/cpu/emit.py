@@ -114,7 +114,7 @@ class KernelEmitter:
         self.places: dict[Tensor, Place] = {}
         self._overrides: dict[Tensor, tuple[tuple[Expr, ...], Expr]] = {}
         self._scopes: list[_Scope] = []
-        self._imported: avx512.Avx512 | None = None
+        self._imported: avx512.Rounding | None = None
 
     # -- reading -----------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ class KernelEmitter:
         return untangled(value, before)
 
     def _bfloat16_bits(self, value: Expr) -> Expr:
-        self._imported = avx512.Avx512()
+        self._imported = avx512.Rounding()
         return avx512.bfloat16_bits(value)
 
     @contextlib.contextmanager

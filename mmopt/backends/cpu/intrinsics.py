@@ -168,16 +168,24 @@ def _unless_nan(x: Expr, value: Expr) -> Expr:
 
 
 def exp(x: Expr) -> Expr:
-    """e^x = 2^n · e^r with |r| ≤ ln2/2; 2^n is applied in two steps, which keeps overflow and subnormals right."""
+    """e^x = 2^n · e^r with |r| ≤ ln2/2. Where the target cannot scale by 2^n it is applied in two steps, which keeps
+    overflow and subnormals right."""
 
-    def scaled(r: Expr, n: Expr) -> Expr:
-        value = _polynomial(r, _EXP) * (r * r) + r + _c(r, 1.0)
+    def near_one(r: Expr) -> Expr:
+        return _polynomial(r, _EXP) * (r * r) + r + _c(r, 1.0)
+
+    def in_two_steps(r: Expr, n: Expr) -> Expr:
         half = tirx.shift_right(n, _int(r, 1))
-        return value * _power_of_two(half, r) * _power_of_two(n - half, r)
+        return near_one(r) * _power_of_two(half, r) * _power_of_two(n - half, r)
+
+    def with_exponent(r: Expr, n: Expr) -> Expr:
+        if avx512.has_vectors(x):
+            return avx512.scaled(near_one(r), n)
+        return _let(n.astype(_integer(r)), lambda n: in_two_steps(r, n))
 
     def reduced(bounded: Expr) -> Expr:
         n = tirx.nearbyint(bounded * _c(bounded, 1.4426950408889634))
-        return _let(n, lambda n: _let(_rest(bounded, n), lambda r: _let(n.astype(_integer(r)), lambda k: scaled(r, k))))
+        return _let(n, lambda n: _let(_rest(bounded, n), lambda r: with_exponent(r, n)))
 
     def whole(x: Expr) -> Expr:
         bounded = tirx.max(tirx.min(x, _c(x, 89.0)), _c(x, -104.0))
@@ -196,18 +204,40 @@ def exp2_below_zero(x: Expr, keep: Keep, *, coarse: bool = False, scaling: bool 
         x: A float32 expression.
         keep: Stores a value for repeated use and gives the expression that reads it.
         coarse: Whether a relative error of 1.1e-4 will do: a twentieth of what rounding to bfloat16 costs.
-        scaling: Whether to use instructions of AVX-512 (:func:`mmopt.backends.cpu.avx512.has_scaling`), which take a
-            number apart and put it together in one each.
+        scaling: Whether the target takes numbers apart and puts them together in one instruction each
+            (:func:`mmopt.backends.cpu.avx512.has_scaling`).
     """
     if scaling:
         x = keep(x)
-        coefficients = EXP2_FRACTION_COARSE if coarse else _EXP2_FRACTION
-        return raised(_polynomial(keep(fraction(x)), coefficients), x)
+        return raised(_polynomial(keep(fraction(x)), _near(coarse)), x)
     magic = _c(x, 12582912.0)
     x = keep(tirx.max(_c(x, -127.0), x))  # in this order NaN stays NaN
     rounded = keep(x + magic)
     rest = keep(x - (rounded - magic))
     return _raised(keep(_polynomial(rest, EXP2_COARSE if coarse else _EXP2)), rounded)
+
+
+def _near(coarse: bool) -> Sequence[float]:
+    """Coefficients of a polynomial near 2^r for r from 0 to 1."""
+    return EXP2_FRACTION_COARSE if coarse else _EXP2_FRACTION
+
+
+def _power(x: Expr, body: Callable[[Expr], Expr], *, coarse: bool) -> Expr:
+    """``body`` of what :func:`exp2_below_zero` gives, within an expression that is being lowered."""
+    magic = _c(x, 12582912.0)
+
+    def shifted(r: Expr, rounded: Expr) -> Expr:
+        return _let(_raised(_polynomial(r, EXP2_COARSE if coarse else _EXP2), rounded), body)
+
+    def bounded(x: Expr) -> Expr:
+        return _let(x + magic, lambda rounded: _let(x - (rounded - magic), lambda r: shifted(r, rounded)))
+
+    def scaled(r: Expr, x: Expr) -> Expr:
+        return _let(avx512.scaled(_polynomial(r, _near(coarse)), x), body)
+
+    if avx512.has_vectors(x):
+        return _let(x, lambda x: _let(avx512.part(x), lambda r: scaled(r, x)))
+    return _let(tirx.max(_c(x, -127.0), x), bounded)
 
 
 def _raised(value: Expr, rounded: Expr) -> Expr:
@@ -216,31 +246,15 @@ def _raised(value: Expr, rounded: Expr) -> Expr:
     return tirx.reinterpret(str(value.ty), tirx.reinterpret(_integer(value), value) + shifted)
 
 
-def _gelu(x: Expr, tail: Sequence[float], power: Sequence[float]) -> Expr:
-    """x · Φ(x), Φ being the normal distribution, as x · (1 − s) above zero and x · s below, with s = Φ(−|x|).
-
-    Args:
-        x: A float32 expression.
-        tail: Coefficients of log2 Φ(−a).
-        power: Coefficients of a polynomial near 2^r for |r| ≤ ½ that is 1 at 0.
-    """
-    magic = _c(x, 12582912.0)
+def _gelu(x: Expr, *, coarse: bool) -> Expr:
+    """x · Φ(x), Φ being the normal distribution, as x · (1 − s) above zero and x · s below, with s = Φ(−|x|)."""
 
     def product(x: Expr, share: Expr) -> Expr:
         return x * tirx.Select(x > _c(x, 0.0), _c(x, 1.0) - share, share)
 
-    def raised(x: Expr, rest: Expr, rounded: Expr) -> Expr:
-        return _let(_raised(_polynomial(rest, power), rounded), lambda share: product(x, share))
-
-    def rounded(x: Expr, exponent: Expr) -> Expr:
-        rest = lambda n: _let(exponent - (n - magic), lambda r: raised(x, r, n))  # noqa: E731
-        return _let(exponent + magic, rest)
-
-    def bounded(x: Expr, exponent: Expr) -> Expr:
-        return _let(tirx.max(_c(x, -127.0), exponent), lambda e: rounded(x, e))
-
     def whole(x: Expr) -> Expr:
-        return _let(_magnitude(x), lambda a: _let(_polynomial(a, tail), lambda e: bounded(x, e)))
+        tail = _NORMAL_COARSE if coarse else _NORMAL
+        return _let(_magnitude(x), lambda a: _power(_polynomial(a, tail), functools.partial(product, x), coarse=coarse))
 
     return _let(x, whole)
 
@@ -379,8 +393,8 @@ def _is_tiny(x: Expr) -> Expr:
 _FLOAT32: dict[str, Callable[[Expr], Expr]] = {"exp": exp, "sigmoid": sigmoid, "tanh": tanh, "erf": erf, "log": log}
 
 _GELU: dict[str, Callable[[Expr], Expr]] = {
-    "tirx.mmopt_gelu": functools.partial(_gelu, tail=_NORMAL, power=_EXP2),
-    "tirx.mmopt_gelu_coarse": functools.partial(_gelu, tail=_NORMAL_COARSE, power=EXP2_COARSE),
+    "tirx.mmopt_gelu": functools.partial(_gelu, coarse=False),
+    "tirx.mmopt_gelu_coarse": functools.partial(_gelu, coarse=True),
 }
 """Functions that TVM has no name for."""
 

@@ -11,6 +11,7 @@ from tvm import relax
 from tvm.tirx import compilation_pipeline
 
 from mmopt.backends.cpu import intrinsics
+from mmopt.backends.cpu.avx512 import SCALING, has_scaling
 from mmopt.backends.cpu.joined_run import settle
 from mmopt.backends.cpu.joining import Joined, join_kernels
 from mmopt.backends.features import llvm_switches
@@ -41,6 +42,8 @@ def target_of(profile: Profile) -> tvm.target.Target:
         "num-cores": profile.cores,
     }
     features = [_WIDE] if profile.vector_bytes == 64 else llvm_switches(profile.kind, profile.features)
+    if has_scaling(profile):
+        features.append(SCALING)
     if features or profile.llvm_features:
         spec["mattr"] = [*features, *profile.llvm_features]
     return tvm.target.Target(spec)

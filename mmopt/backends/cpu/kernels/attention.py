@@ -24,8 +24,6 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor
-from mmopt.backends.cpu.avx512 import Avx512, has_bfloat16, has_scaling
-from mmopt.backends.cpu.dot import importing
 from mmopt.backends.cpu.kernels.attention_blocking import FEW, Blocking
 from mmopt.backends.cpu.kernels.attention_task import Task
 from mmopt.backends.cpu.loops import i64, loop, split_index, static, when
@@ -110,8 +108,7 @@ class Attention(LoopNest):
         work = self._tasks(kernel, sinks[0], self.blocking)
         if self.few is not None:
             work = when(self.rows <= FEW, self._tasks(kernel, sinks[0], self.few), work)
-        profile = kernel.profile
-        return importing([Avx512(has_bfloat16(profile))], work) if has_scaling(profile) else work
+        return work
 
     def _tasks(self, kernel: Any, sink: Sink, blocking: Blocking) -> Stmt:
         chunks = simplify(tirx.floordiv(self.rows + (blocking.chunk - 1), i64(blocking.chunk)))

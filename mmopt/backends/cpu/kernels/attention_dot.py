@@ -18,7 +18,7 @@ from tvm.ir import Expr
 from tvm.tirx import Stmt
 
 from mmopt.backends.compute import LoopNest, Sink, Tensor
-from mmopt.backends.cpu.avx512 import Avx512, has_bfloat16
+from mmopt.backends.cpu.avx512 import Rounding, has_bfloat16
 from mmopt.backends.cpu.choosing import Workload
 from mmopt.backends.cpu.dot import Code, Dot, importing
 from mmopt.backends.cpu.kernels.attention_dot_task import Task
@@ -82,7 +82,7 @@ class DotAttention(LoopNest):
         """One parallel loop over images and heads."""
         kernels: list[Code] = []
         if native := has_bfloat16(kernel.profile):
-            kernels.append(Avx512())
+            kernels.append(Rounding())
 
         def task(number: Expr) -> Stmt:
             batch, head = split_index(number, (self.batch, i64(self.heads)))
