@@ -349,6 +349,17 @@ def test_a_row_operator_on_another_axis_and_behind_a_product() -> None:
     assert "Softmax cannot follow anchor operators in one kernel" in left_alone(text)
 
 
+def test_what_nobody_needs_may_stand_beside_a_product() -> None:
+    text = """g (float[3,5] x, float[5,5] w) => (float[3,5] y) {
+        p = MatMul(x, w)
+        a = Neg(p)
+        b = Neg(p)
+        c = Neg(a)
+        y = Neg(x)
+    }"""
+    assert grouped(text, max_nodes=2) == [["Neg", "Neg"]]
+
+
 def test_sizes_are_left_to_the_compiler() -> None:
     text = """g (float[n,4] x, int64[2] one) => (float[n,4] y) {
         s = Shape(x)

@@ -228,9 +228,9 @@ class _Grouping:
         while waiting := _users(value) - inside:
             reached = {user for made in inside - before for user in _users(made.outputs[0])} - inside
             first = min(waiting | reached, key=lambda user: self.position[user])
-            alike = _same_extents(first.outputs[0].shape, value.shape)
             known = first.graph is self.graph and _kind(first) == "elementwise" and not is_narrowing(first)
-            if not (alike and known) or len(inside) >= self.max_nodes:
+            # A call made before of what nobody needs has no outputs; it is not elementwise.
+            if not known or not _same_extents(first.outputs[0].shape, value.shape) or len(inside) >= self.max_nodes:
                 return False
             inside.add(first)
         passed = sorted(inside - before, key=lambda member: self.position[member])[:-1]
