@@ -275,17 +275,20 @@ class _Cuts:
     def share_predicted(self, bench: _Bench, speedup: float, tried: Sequence[tuple[float, float]]) -> float:
         """The share at which the model is predicted to be ``speedup`` times faster, by what was measured so far."""
         points = [(0.0, 1.0), *tried]
+        guessed: list[tuple[float, float]] = []
         for _ in range(_GUESSES):
             share = _next_share(points[1:], speedup) if len(points) > 1 else 1 - 1 / speedup
             if any(abs(share - known) < _SAME for known, _ in points):
                 break
             try:
-                points.append((share, bench.speedup_predicted(self.module(share))))
+                guessed.append((share, bench.speedup_predicted(self.module(share))))
             except UserError:
                 if tried:
                     break
                 raise
-        return share
+            points.append(guessed[-1])
+        # Sizes make steps: what comes next on a line may be slower than what was looked at.
+        return min((guess for guess, ratio in guessed if ratio >= speedup), default=share)
 
 
 def _split(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], PruneStructured, tuple[Phase, ...]]:
@@ -336,6 +339,7 @@ class _Bench:
         self._profile, self._inputs, self._threads = load_profile(target), inputs, threads or default_threads()
         self._table, self._stack = TimeTable(), contextlib.ExitStack()
         self._first: Any = None
+        self._bias = 1.0
         self.times: list[tuple[float, float]] = []
 
     def __enter__(self) -> _Bench:
@@ -360,11 +364,16 @@ class _Bench:
         with side as session:
             self._table.observe(session, self._inputs)
             self.times.append(self._in_turns(session))
-        return self.times[-1][0] / self.times[-1][1]
+        ratio = self.times[-1][0] / self.times[-1][1]
+        self._bias *= ratio / self.speedup_predicted(module)
+        return ratio
 
     def speedup_predicted(self, module: Module) -> float:
-        """How many times faster than the first one a model is predicted to be."""
-        return self.times[0][0] / self._table.predict(module, self._profile)
+        """How many times faster than the first one a model is predicted to be.
+
+        The model measured last is predicted as it was measured.
+        """
+        return self._bias * self.times[0][0] / self._table.predict(module, self._profile)
 
     def _in_turns(self, session: Any) -> tuple[float, float]:
         from mmopt.autotune.contest import TURNS, repeats_of, turn

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,6 +86,12 @@ class _Likeness:
         return apart + _OTHER * (self.kind != other.kind)
 
 
+_WARM, _SECONDS = 0.1, 0.5
+_LEAST_RUNS, _MOST_RUNS = 20, 1000
+"""How long a model runs before it is observed, and for how long and how often it is: a short one, just loaded, may seem
+to take half as long again in twenty runs as it does."""
+
+
 class TimeTable:
     """What kernels take, learned from runs of models."""
 
@@ -129,7 +136,7 @@ class TimeTable:
             session: What to run.
             inputs: On what.
         """
-        measured = time_kernels(session, inputs)
+        measured = time_kernels(session, inputs, runs=_runs(session, inputs))
         self.learn(session.manifest.kernels, measured)
         return measured
 
@@ -158,6 +165,15 @@ class TimeTable:
         weights = [1 / (_NEAR + known.distance(other)) for other, _ in alike]
         mean = sum(weight * ratio for weight, (_, ratio) in zip(weights, alike, strict=True)) / sum(weights)
         return _cycles(record) * math.exp(mean)
+
+
+def _runs(session: Session, inputs: Mapping[str, Any]) -> int:
+    """How many runs make :data:`_SECONDS`, after some that bring clock rate, threads and caches to where they stay."""
+    count, begun = 0, time.perf_counter()
+    while (spent := time.perf_counter() - begun) < _WARM or not count:
+        session.run(inputs)
+        count += 1
+    return int(min(_MOST_RUNS, max(_LEAST_RUNS, _SECONDS * count / spent)))
 
 
 def _cycles(record: Record) -> float:

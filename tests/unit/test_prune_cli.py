@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from mmopt.cli import main
 from mmopt.errors import ContractError, UserError
 from mmopt.evaluation import load_evaluation
 from mmopt.ir.module import save_model
-from mmopt.pruning import ModalityRecord, _next_share, check_modalities, modality_report, share_for_speedup
+from mmopt.pruning import (
+    ModalityRecord,
+    _Bench,
+    _Cuts,
+    _next_share,
+    check_modalities,
+    modality_report,
+    share_for_speedup,
+)
 from mmopt.transforms.prune import PruneStructured, RepairLeastSquares
 from mmopt.transforms.prune.reference import reference_of
 from tests.prunable import convolutions, perceptron, samples_of, two_modalities
@@ -153,6 +162,36 @@ def test_the_next_share_lies_on_the_line_between_what_was_measured() -> None:
     # Not fast enough yet: on along the line, but not by more than a quarter at once.
     assert 0.5 < _next_share([(0.5, 1.2)], 3.0) <= 0.75
     assert _next_share([(0.4, 1.3), (0.6, 1.9)], 1.6) == pytest.approx(0.5, abs=0.03)
+
+
+def test_the_model_measured_last_is_predicted_as_it_was_measured() -> None:
+    feeds = {"x": samples_of(convolutions((16,)), 1)["x"]}
+    with _Bench("cpu", feeds, 1) as bench:
+        bench.add(convolutions((32, 32)))
+        ratio = bench.add(convolutions((16, 16)))
+        assert bench.speedup_predicted(convolutions((16, 16))) == pytest.approx(ratio, rel=1e-6)
+
+
+def test_of_shares_predicted_to_be_fast_enough_the_least_is_tried() -> None:
+    """Sizes make steps: between two shares that are fast enough may lie one that is not."""
+
+    class Steps(_Cuts):
+        def __init__(self) -> None:
+            """Shares stand for modules."""
+
+        def module(self, share: float) -> Any:
+            return share
+
+    class Bench(_Bench):
+        def __init__(self) -> None:
+            """What is predicted is known."""
+
+        def speedup_predicted(self, module: Any) -> float:
+            return 1.37 if 0.386 < module < 0.406 else 0.97 / (1 - module)
+
+    found = Steps().share_predicted(Bench(), 1.6, [])
+    assert Bench().speedup_predicted(found) >= 1.6
+    assert found < 0.42
 
 
 @pytest.mark.slow
