@@ -196,7 +196,7 @@ def share_for_speedup(
             progress(round_, _ROUNDS, f"cut {share:.0%} and measure")
             ratio = bench.add(cuts.module(share))
             tried.append((share, ratio))
-            if speedup <= ratio <= speedup * (1 + _CLOSE):
+            if speedup <= ratio <= speedup * (1 + _CLOSE) or _settled(tried, speedup):
                 break
         good = [(share, ratio, number) for number, (share, ratio) in enumerate(tried, 1) if ratio >= speedup]
         if not good:
@@ -300,6 +300,14 @@ def _split(phases: Sequence[Phase]) -> tuple[tuple[Phase, ...], PruneStructured,
                 after = dataclasses.replace(phase, passes=phase.passes[place + 1 :])
                 return (*phases[:number], before), pass_, (after, *phases[number + 1 :])
     raise ValueError("no pass cuts units")
+
+
+def _settled(tried: Sequence[tuple[float, float]], speedup: float) -> bool:
+    """Whether what is fast enough and what is too slow are such near neighbours that what is between is no use."""
+    enough = min((share for share, ratio in tried if ratio >= speedup), default=None)
+    if enough is None:
+        return False
+    return any(enough - 2 * _STEP < share < enough for share, ratio in tried if ratio < speedup)
 
 
 def _next_share(tried: Sequence[tuple[float, float]], speedup: float) -> float:

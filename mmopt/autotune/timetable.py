@@ -86,7 +86,7 @@ class _Likeness:
         return apart + _OTHER * (self.kind != other.kind)
 
 
-_WARM, _SECONDS = 0.1, 0.5
+_WARM, _SECONDS = 0.1, 0.2
 _LEAST_RUNS, _MOST_RUNS = 20, 1000
 """How long a model runs before it is observed, and for how long and how often it is: a short one, just loaded, may seem
 to take half as long again in twenty runs as it does."""

@@ -20,6 +20,7 @@ from mmopt.pruning import (
     _Bench,
     _Cuts,
     _next_share,
+    _settled,
     check_modalities,
     modality_report,
     share_for_speedup,
@@ -192,6 +193,13 @@ def test_of_shares_predicted_to_be_fast_enough_the_least_is_tried() -> None:
     found = Steps().share_predicted(Bench(), 1.6, [])
     assert Bench().speedup_predicted(found) >= 1.6
     assert found < 0.42
+
+
+def test_the_search_ends_between_neighbours() -> None:
+    assert _settled([(0.46, 1.72), (0.455, 1.5)], 1.6)
+    assert not _settled([(0.46, 1.72), (0.42, 1.5)], 1.6)
+    assert not _settled([(0.46, 1.5), (0.455, 1.4)], 1.6)
+    assert not _settled([(0.46, 1.72), (0.465, 1.5)], 1.6), "the slower one is cut more: that was chance"
 
 
 @pytest.mark.slow
