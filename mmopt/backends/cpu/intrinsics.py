@@ -178,14 +178,14 @@ def exp(x: Expr) -> Expr:
         half = tirx.shift_right(n, _int(r, 1))
         return near_one(r) * _power_of_two(half, r) * _power_of_two(n - half, r)
 
-    def with_exponent(r: Expr, n: Expr) -> Expr:
+    def times_power(r: Expr, n: Expr) -> Expr:
         if avx512.has_vectors(x):
             return avx512.scaled(near_one(r), n)
         return _let(n.astype(_integer(r)), lambda n: in_two_steps(r, n))
 
     def reduced(bounded: Expr) -> Expr:
         n = tirx.nearbyint(bounded * _c(bounded, 1.4426950408889634))
-        return _let(n, lambda n: _let(_rest(bounded, n), lambda r: with_exponent(r, n)))
+        return _let(n, lambda n: _let(_rest(bounded, n), lambda r: times_power(r, n)))
 
     def whole(x: Expr) -> Expr:
         bounded = tirx.max(tirx.min(x, _c(x, 89.0)), _c(x, -104.0))
@@ -214,7 +214,7 @@ def exp2_below_zero(x: Expr, keep: Keep, *, coarse: bool = False, scaling: bool 
     x = keep(tirx.max(_c(x, -127.0), x))  # in this order NaN stays NaN
     rounded = keep(x + magic)
     rest = keep(x - (rounded - magic))
-    return _raised(keep(_polynomial(rest, EXP2_COARSE if coarse else _EXP2)), rounded)
+    return _with_exponent(keep(_polynomial(rest, EXP2_COARSE if coarse else _EXP2)), rounded)
 
 
 def _near(coarse: bool) -> Sequence[float]:
@@ -227,7 +227,7 @@ def _power(x: Expr, body: Callable[[Expr], Expr], *, coarse: bool) -> Expr:
     magic = _c(x, 12582912.0)
 
     def shifted(r: Expr, rounded: Expr) -> Expr:
-        return _let(_raised(_polynomial(r, EXP2_COARSE if coarse else _EXP2), rounded), body)
+        return _let(_with_exponent(_polynomial(r, EXP2_COARSE if coarse else _EXP2), rounded), body)
 
     def bounded(x: Expr) -> Expr:
         return _let(x + magic, lambda rounded: _let(x - (rounded - magic), lambda r: shifted(r, rounded)))
@@ -240,7 +240,7 @@ def _power(x: Expr, body: Callable[[Expr], Expr], *, coarse: bool) -> Expr:
     return _let(tirx.max(_c(x, -127.0), x), bounded)
 
 
-def _raised(value: Expr, rounded: Expr) -> Expr:
+def _with_exponent(value: Expr, rounded: Expr) -> Expr:
     """``value`` · 2^n, n standing in the last bits of ``rounded``."""
     shifted = tirx.shift_left(tirx.reinterpret(_integer(value), rounded), _int(value, 23))
     return tirx.reinterpret(str(value.ty), tirx.reinterpret(_integer(value), value) + shifted)
@@ -283,7 +283,7 @@ def sigmoid_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
     bounded = keep(_within(_c(x, 0.0) - x, 88.0))
     rounded, r = _exponent(bounded, keep)
     value = keep(_polynomial(r, _EXP) * (r * r) + r + _c(x, 1.0))
-    return _c(x, 1.0), keep(_raised(value, rounded) + _c(x, 1.0))
+    return _c(x, 1.0), keep(_with_exponent(value, rounded) + _c(x, 1.0))
 
 
 def tanh_quotient(x: Expr, keep: Keep) -> tuple[Expr, Expr]:
